@@ -1,0 +1,3 @@
+//! The binary `tercet`.
+
+fn main() {}

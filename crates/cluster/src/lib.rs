@@ -1,0 +1,1 @@
+//! Membership: workers under a lease, watched by gateways; etcd and in-memory.

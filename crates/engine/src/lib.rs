@@ -1,0 +1,1 @@
+//! Model file to tokens: loading, forward pass, scheduling, sampling. Synchronous.

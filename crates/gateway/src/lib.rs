@@ -1,0 +1,1 @@
+//! gRPC front door: routing over workers and exact resume.

@@ -1,0 +1,1 @@
+//! Ternary packing and arithmetic, one variant per instruction set.

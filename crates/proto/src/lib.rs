@@ -1,0 +1,1 @@
+//! Generated wire types, validated domain types and status mapping.

@@ -1,0 +1,1 @@
+//! gRPC server around one engine: admission, token streams, pipeline stages, drain.

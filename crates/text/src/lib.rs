@@ -1,1 +1,19 @@
 //! Tokenizers, chat templates and streaming text filters. Pure: no files, sockets or threads.
+//!
+//! ```text
+//! chat messages --ChatTemplate--> text --Tokenizer--> ids      (a request, before the model)
+//! ids --StreamDecoder--> text that may be shown                (an answer, token by token)
+//! ```
+//!
+//! Worker and gateway both hold these, and both must come to the same answer: everything here is a
+//! pure function of the model's tokenizer, its template and the request.
+
+mod stream;
+mod template;
+mod tokenizer;
+
+pub use self::{
+    stream::{Piece, StreamDecoder},
+    template::{ChatMessage, ChatTemplate, TemplateError},
+    tokenizer::{SpecialTokens, TokenType, Tokenizer, TokenizerError, TokenizerSource, Vocabulary},
+};

@@ -1,0 +1,167 @@
+//! Text to token ids and ids to bytes, from a `tokenizer.json` or from the vocabulary of a GGUF file.
+
+mod byte_level;
+mod error;
+mod json;
+mod pre;
+mod vocabulary;
+
+use std::fmt;
+
+pub use self::{
+    error::TokenizerError,
+    vocabulary::{TokenType, Vocabulary},
+};
+
+/// Where a model keeps its tokenizer.
+#[derive(Clone, Debug, PartialEq)]
+pub enum TokenizerSource {
+    /// The text of a Hugging Face `tokenizer.json`.
+    Json(String),
+    /// The `tokenizer.ggml.*` keys of a GGUF file.
+    Vocabulary(Vocabulary),
+}
+
+/// The ids with a meaning to the generation loop.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct SpecialTokens {
+    /// The id that starts a sequence.
+    pub bos: Option<u32>,
+    /// The ids that end one; any of them does.
+    pub eos: Vec<u32>,
+    /// Whether `bos` goes before every prompt.
+    ///
+    /// A `tokenizer.json` whose post-processor adds `bos` does so whatever this says.
+    pub add_bos: bool,
+}
+
+/// A model's tokenizer.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    special: SpecialTokens,
+    /// Whether the post-processor of a `tokenizer.json` adds `bos` by itself.
+    post_processor_adds_bos: bool,
+    /// By id; `None` where the vocabulary has a gap.
+    entries: Vec<Option<Entry>>,
+}
+
+/// What one id stands for.
+struct Entry {
+    /// The token as the vocabulary spells it.
+    text: Box<str>,
+    /// What it adds to the generated text.
+    bytes: Box<[u8]>,
+}
+
+impl Tokenizer {
+    /// The most ids a vocabulary may have; the largest known ones have about 260 thousand.
+    pub const MAX_IDS: usize = 1 << 22;
+
+    /// Builds the tokenizer of a model.
+    ///
+    /// # Errors
+    /// The source is malformed, or of a kind that is not supported; the message says which kinds
+    /// are.
+    pub fn new(source: &TokenizerSource, special: SpecialTokens) -> Result<Self, TokenizerError> {
+        let Parts { inner, entries } = match source {
+            TokenizerSource::Json(text) => json::build(text)?,
+            TokenizerSource::Vocabulary(vocabulary) => vocabulary::build(vocabulary)?,
+        };
+        let mut tokenizer = Self { inner, special, post_processor_adds_bos: false, entries };
+        if let Some(bos) = tokenizer.special.bos {
+            if tokenizer.entry(bos).is_none() {
+                return Err(TokenizerError::UnknownBos { id: bos, ids: tokenizer.vocab_size() });
+            }
+            if tokenizer.encode("", true)?.first() == Some(&bos) {
+                tokenizer.post_processor_adds_bos = true;
+                tokenizer.special.add_bos = true;
+            }
+        } else if tokenizer.special.add_bos {
+            return Err(TokenizerError::MissingBos);
+        }
+        Ok(tokenizer)
+    }
+
+    /// Returns the number of ids, gaps included: every id is below it.
+    pub fn vocab_size(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Returns the special ids; `add_bos` tells what [`Self::encode_prompt`] really does.
+    pub fn special(&self) -> &SpecialTokens {
+        &self.special
+    }
+
+    /// Turns a plain prompt into ids, with `bos` first if the model's rule says so.
+    ///
+    /// The text of a special token inside the prompt becomes that token, as in `transformers`.
+    ///
+    /// # Errors
+    /// The pre-tokenizer's expression gave up on this text.
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        let mut ids = self.encode(text, true)?;
+        if let Some(bos) = self.special.bos
+            && self.special.add_bos
+            && !self.post_processor_adds_bos
+        {
+            ids.insert(0, bos);
+        }
+        Ok(ids)
+    }
+
+    /// Turns a rendered chat into ids, with `bos` first if the model's rule says so and the
+    /// template has not put it there.
+    ///
+    /// # Errors
+    /// The pre-tokenizer's expression gave up on this text.
+    pub fn encode_chat(&self, rendered: &str) -> Result<Vec<u32>, TokenizerError> {
+        let mut ids = self.encode(rendered, false)?;
+        if let Some(bos) = self.special.bos
+            && self.special.add_bos
+            && ids.first() != Some(&bos)
+        {
+            ids.insert(0, bos);
+        }
+        Ok(ids)
+    }
+
+    /// Returns what a token adds to the generated text: nothing for special tokens and for ids
+    /// outside the vocabulary (a model may have more rows than its tokenizer has tokens).
+    pub fn token_bytes(&self, id: u32) -> &[u8] {
+        self.entry(id).map_or(&[], |entry| &entry.bytes)
+    }
+
+    /// Returns a token as the vocabulary spells it.
+    pub fn token_text(&self, id: u32) -> Option<&str> {
+        self.entry(id).map(|entry| &*entry.text)
+    }
+
+    fn entry(&self, id: u32) -> Option<&Entry> {
+        self.entries.get(usize::try_from(id).ok()?)?.as_ref()
+    }
+
+    fn encode(&self, text: &str, post_process: bool) -> Result<Vec<u32>, TokenizerError> {
+        self.inner
+            .encode_fast(text, post_process)
+            .map(|encoding| encoding.get_ids().to_vec())
+            .map_err(|error| TokenizerError::Encode { reason: error.to_string() })
+    }
+}
+
+impl fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tokenizer")
+            .field("vocab_size", &self.vocab_size())
+            .field("special", &self.special)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What either source is turned into.
+struct Parts {
+    inner: tokenizers::Tokenizer,
+    entries: Vec<Option<Entry>>,
+}
+
+#[cfg(test)]
+mod tests;

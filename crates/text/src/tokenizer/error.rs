@@ -1,0 +1,112 @@
+//! Why a tokenizer could not be built or used.
+
+use super::{Tokenizer, pre};
+
+/// Why a tokenizer could not be built or used.
+///
+/// All but [`Encode`](Self::Encode) are the model file's fault.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TokenizerError {
+    /// The text is not a `tokenizer.json`.
+    #[error("tokenizer.json does not parse: {reason}")]
+    Json {
+        /// What the parser says.
+        reason: String,
+    },
+    /// The kind of tokenizer is not supported.
+    #[error(
+        "tokenizer kind `{found}` is not supported: expected byte-level BPE \
+         (`BPE` in tokenizer.json, `gpt2` in GGUF)"
+    )]
+    UnsupportedKind {
+        /// The kind the model names.
+        found: String,
+    },
+    /// A setting changes the ids or the text in a way that is not supported.
+    #[error(
+        "tokenizer setting `{setting}` is {found}, which is not supported: expected {expected}"
+    )]
+    UnsupportedSetting {
+        /// The setting's path in the file.
+        setting: &'static str,
+        /// Its value.
+        found: String,
+        /// The value that works.
+        expected: &'static str,
+    },
+    /// The pre-tokenizer a GGUF file names is not known.
+    #[error("pre-tokenizer `{found}` is not known: expected one of {}", pre::NAMES.join(", "))]
+    UnknownPreTokenizer {
+        /// The name in `tokenizer.ggml.pre`.
+        found: String,
+    },
+    /// The vocabulary has no tokens.
+    #[error("the vocabulary is empty: expected at least one token")]
+    Empty,
+    /// There are more ids than any real vocabulary has.
+    #[error("token id {id} is too large: expected less than {}", Tokenizer::MAX_IDS)]
+    TooManyIds {
+        /// The largest id.
+        id: u64,
+    },
+    /// Two ids have one text.
+    #[error("token `{text}` has two ids, {first} and {second}: expected every token once")]
+    DuplicateToken {
+        /// The token.
+        text: String,
+        /// Its lower id.
+        first: u32,
+        /// Its higher id.
+        second: u32,
+    },
+    /// Two tokens have one id.
+    #[error("token id {id} stands for two tokens, `{first}` and `{second}`: expected one")]
+    DuplicateId {
+        /// The id.
+        id: u32,
+        /// One of its tokens.
+        first: String,
+        /// The other.
+        second: String,
+    },
+    /// The token types do not match the tokens.
+    #[error("there are {types} token types for {tokens} tokens: expected one each")]
+    TokenTypes {
+        /// How many types there are.
+        types: usize,
+        /// How many tokens there are.
+        tokens: usize,
+    },
+    /// A merge names no pair of tokens.
+    #[error("merge {rank} `{merge}` is malformed: expected two tokens with one space between")]
+    MalformedMerge {
+        /// Its place in the list.
+        rank: usize,
+        /// Its text.
+        merge: String,
+    },
+    /// The merges do not fit the vocabulary.
+    #[error("the merges do not fit the vocabulary: {reason}")]
+    Merges {
+        /// Which token is missing.
+        reason: String,
+    },
+    /// The id that starts a sequence is not in the vocabulary.
+    #[error("the bos id {id} is not in the vocabulary of {ids} ids")]
+    UnknownBos {
+        /// The id.
+        id: u32,
+        /// The number of ids.
+        ids: usize,
+    },
+    /// Prompts should start with an id that the model does not name.
+    #[error("the model asks for bos before every prompt and names no bos id")]
+    MissingBos,
+    /// The tokenizer gave up on a text.
+    #[error("the text cannot be tokenized: {reason}")]
+    Encode {
+        /// What the tokenizer says.
+        reason: String,
+    },
+}

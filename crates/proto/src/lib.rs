@@ -1,7 +1,31 @@
 //! The wire contract in Rust: generated types, validated domain types, status mapping.
 //!
 //! - [`v1`] is generated from `proto/tercet/v1`: messages, clients and servers.
-//! - [`FILE_DESCRIPTOR_SET`] feeds the reflection service.
+//!   [`FILE_DESCRIPTOR_SET`] feeds the reflection service.
+//! - [`GenerateSpec`], [`ScoreSpec`] and [`TokenizeSpec`] are requests that passed validation;
+//!   [`InvalidRequest`] says, field by field, why one did not.
+//! - [`Reason`] says why a call failed, in a gRPC status and back.
+//!
+//! ```text
+//! v1::GenerateRequest --try_from--> GenerateSpec --into--> v1::GenerateRequest (to a worker)
+//!                        |
+//!                        +--> InvalidRequest --into--> Status { INVALID_ARGUMENT, BadRequest }
+//! ```
+
+mod deadline;
+mod request;
+mod status;
+mod violation;
+
+pub use self::{
+    deadline::timeout,
+    request::{
+        GenerateSpec, Input, MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS, ResumeSpec, SamplingSpec,
+        ScoreSpec, StopSpec, TokenizeSpec,
+    },
+    status::{DOMAIN, Reason, UnknownReason, is_broken, is_movable, retry_after},
+    violation::{InvalidRequest, Violation},
+};
 
 /// Messages, clients and servers of package `tercet.v1`.
 #[expect(
@@ -15,3 +39,50 @@ pub mod v1 {
 
 /// Descriptors of every proto file of `tercet.v1`, encoded, comments included.
 pub const FILE_DESCRIPTOR_SET: &[u8] = tonic::include_file_descriptor_set!("tercet");
+
+#[cfg(test)]
+mod tests {
+    use prost::Message;
+
+    #[test]
+    fn descriptors_name_every_service() {
+        // `FileDescriptorSet.file[].package/service[].name`: fields 1; 2 and 6; 1.
+        #[derive(Clone, PartialEq, Message)]
+        struct Set {
+            #[prost(message, repeated, tag = "1")]
+            file: Vec<File>,
+        }
+        #[derive(Clone, PartialEq, Message)]
+        struct File {
+            #[prost(string, tag = "2")]
+            package: String,
+            #[prost(message, repeated, tag = "6")]
+            service: Vec<Service>,
+        }
+        #[derive(Clone, PartialEq, Message)]
+        struct Service {
+            #[prost(string, tag = "1")]
+            name: String,
+        }
+
+        let set = Set::decode(super::FILE_DESCRIPTOR_SET).unwrap();
+        let mut services: Vec<_> = set
+            .file
+            .iter()
+            .flat_map(|file| file.service.iter().map(|s| format!("{}.{}", file.package, s.name)))
+            .collect();
+        services.sort();
+        assert_eq!(services, ["tercet.v1.Inference", "tercet.v1.Pipeline", "tercet.v1.Worker"]);
+    }
+
+    #[test]
+    fn activations_are_not_copied() {
+        let frame = bytes::Bytes::from(
+            crate::v1::Step { activations: vec![1; 4096].into(), ..Default::default() }
+                .encode_to_vec(),
+        );
+        let step = crate::v1::Step::decode(frame.clone()).unwrap();
+        let inside = frame.as_ptr_range().contains(&step.activations.as_ptr());
+        assert!(inside, "decoded activations share the frame's buffer");
+    }
+}

@@ -1,0 +1,233 @@
+//! The operations, and the choice of a variant for each.
+
+use crate::{
+    AttentionScratch, BLOCK_POSITIONS, ColumnsMut, DenseMatrix, Int8RowMut, Int8Rows, Isa,
+    NonFinite, TernaryMatrix, attention::Shape, scalar,
+};
+
+/// All arithmetic, in one variant that this CPU is known to have.
+///
+/// The value is the proof: it exists only for an instruction set that was detected. Every method
+/// gives the same bits in every variant, see the [crate] documentation.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernels {
+    variant: Variant,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Variant {
+    Scalar,
+}
+
+impl Kernels {
+    /// Returns the fastest variant of this CPU.
+    pub fn detect() -> Self {
+        Isa::ALL.into_iter().rev().find_map(Self::new).unwrap_or(Self { variant: Variant::Scalar })
+    }
+
+    /// Returns the variant of an instruction set, `None` if this CPU lacks it.
+    pub fn new(isa: Isa) -> Option<Self> {
+        let variant = match isa {
+            Isa::Scalar => Variant::Scalar,
+            Isa::Avx2 => return None,
+        };
+        Some(Self { variant })
+    }
+
+    /// Returns the instruction set of the variant.
+    pub fn isa(&self) -> Isa {
+        match self.variant {
+            Variant::Scalar => Isa::Scalar,
+        }
+    }
+
+    /// Quantises a row of activations: `m = max(|x|.., 1e-5)`, `q = round(x * (127 / m))` with
+    /// ties to even, scale `m / 127`. If a value is not finite, the row becomes zeros.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn quantize(&self, x: &[f32], mut row: Int8RowMut<'_>) -> Result<(), NonFinite> {
+        assert_eq!(x.len(), row.cols(), "activations and the row for them");
+        let (values, facts) = row.parts();
+        let quantized = match self.variant {
+            Variant::Scalar => scalar::ternary::quantize(x, values),
+        };
+        *facts = quantized.unwrap_or_default();
+        if quantized.is_none() {
+            values.fill(0);
+            let index = x.iter().position(|value| !value.is_finite()).unwrap_or(x.len());
+            return Err(NonFinite { index });
+        }
+        Ok(())
+    }
+
+    /// Multiplies the first `n` rows of `x` with the rows of `w` that `out` has columns for:
+    /// `out[t][r] = (sum of w[r] * x[t]) as f32 * (w.scale * x[t].scale)`.
+    ///
+    /// # Panics
+    /// If the shapes do not fit.
+    pub fn ternary_matmul(&self, w: &TernaryMatrix, x: &Int8Rows, n: usize, out: ColumnsMut<'_>) {
+        assert_eq!(w.cols(), x.cols(), "columns of the weights and of the activations");
+        assert!(n <= x.rows() && n <= out.rows(), "{n} rows of {} in {}", x.rows(), out.rows());
+        assert!(out.columns().end <= w.rows(), "columns {:?} of {}", out.columns(), w.rows());
+        match self.variant {
+            Variant::Scalar => scalar::ternary::matmul(w, x, n, out),
+        }
+    }
+
+    /// Multiplies the rows of `x` with the rows of `w` that `out` has columns for, each a
+    /// [`dot`](Self::dot) with the dequantised row.
+    ///
+    /// # Panics
+    /// If `x` is not whole rows of `w.cols()`, or the shapes do not fit.
+    pub fn dense_matmul(&self, w: &DenseMatrix, x: &[f32], out: ColumnsMut<'_>) {
+        assert!(
+            x.len().is_multiple_of(w.cols()),
+            "{} activations in rows of {}",
+            x.len(),
+            w.cols()
+        );
+        assert!(x.len() / w.cols() <= out.rows(), "{} activations, {} rows", x.len(), out.rows());
+        assert!(out.columns().end <= w.rows(), "columns {:?} of {}", out.columns(), w.rows());
+        match self.variant {
+            Variant::Scalar => scalar::dense::matmul(w, x, out),
+        }
+    }
+
+    /// Dequantises one row, such as a token's embedding.
+    ///
+    /// # Panics
+    /// If the row does not exist or `out` is not `w.cols()` long.
+    pub fn dense_row(&self, w: &DenseMatrix, row: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), w.cols(), "room for a row");
+        match self.variant {
+            Variant::Scalar => scalar::dense::row(w.kind(), w.row_bytes(row), out),
+        }
+    }
+
+    /// Returns the product of two rows, summed in [`LANES`](crate::LANES) lanes.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn dot(&self, a: &[f32], b: &[f32]) -> f32 {
+        assert_eq!(a.len(), b.len(), "factors of a product");
+        match self.variant {
+            Variant::Scalar => scalar::lanes::dot(a, b),
+        }
+    }
+
+    /// Divides a row by its root mean square and multiplies it with a weight:
+    /// `out = x * (1 / sqrt(dot(x, x) / len + eps)) * weight`.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        assert_eq!(x.len(), weight.len(), "activations and norm weights");
+        assert_eq!(x.len(), out.len(), "activations and results");
+        #[expect(clippy::cast_precision_loss, reason = "the rounding is part of the formula")]
+        let mean = self.dot(x, x) / x.len() as f32;
+        let inverse = 1.0 / (mean + eps).sqrt();
+        match self.variant {
+            Variant::Scalar => scalar::vector::scale(x, inverse, weight, out),
+        }
+    }
+
+    /// Replaces `gate` by `relu(gate)^2 * up`; NaN stays NaN.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn relu2_mul(&self, gate: &mut [f32], up: &[f32]) {
+        assert_eq!(gate.len(), up.len(), "gate and up");
+        match self.variant {
+            Variant::Scalar => scalar::vector::relu2_mul(gate, up),
+        }
+    }
+
+    /// Adds `x` to `acc`.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn add(&self, acc: &mut [f32], x: &[f32]) {
+        assert_eq!(acc.len(), x.len(), "terms of a sum");
+        match self.variant {
+            Variant::Scalar => scalar::vector::add(acc, x),
+        }
+    }
+
+    /// Turns the pairs `(i, i + len / 2)` of a head by the angles whose cosines and sines are
+    /// given: `a * cos - b * sin`, `b * cos + a * sin`, every operation rounded.
+    ///
+    /// # Panics
+    /// If `head` is not twice as long as `cos` and `sin`.
+    pub fn rope(&self, head: &mut [f32], cos: &[f32], sin: &[f32]) {
+        assert_eq!(cos.len(), sin.len(), "cosines and sines");
+        assert_eq!(head.len(), 2 * cos.len(), "a head and its angles");
+        match self.variant {
+            Variant::Scalar => scalar::vector::rope(head, cos, sin),
+        }
+    }
+
+    /// Computes the attention of a group of query heads that share keys and values over positions
+    /// `0..positions`, in the order that depends on positions only.
+    ///
+    /// `q` and `out` hold one head after the other; `kv(block)` returns the keys and the values of
+    /// positions `64 * block..64 * (block + 1)`, each 64 rows of one head. Rows at or beyond
+    /// `positions` are not read.
+    ///
+    /// # Panics
+    /// If `positions` is zero or the shapes do not fit.
+    pub fn attend<'a>(
+        &self,
+        q: &[f32],
+        kv: impl Fn(usize) -> (&'a [f32], &'a [f32]),
+        positions: usize,
+        scale: f32,
+        scratch: &mut AttentionScratch,
+        out: &mut [f32],
+    ) {
+        assert!(positions > 0, "attention over no position");
+        assert_eq!(q.len(), out.len(), "queries and results");
+        let head_dim = kv(0).0.len() / BLOCK_POSITIONS;
+        assert!(
+            head_dim > 0 && q.len().is_multiple_of(head_dim),
+            "{} numbers are no heads of {head_dim}",
+            q.len()
+        );
+        let kv = |block| {
+            let (keys, values) = kv(block);
+            assert_eq!(keys.len(), BLOCK_POSITIONS * head_dim, "a block of keys");
+            assert_eq!(values.len(), BLOCK_POSITIONS * head_dim, "a block of values");
+            (keys, values)
+        };
+        let shape = Shape { group: q.len() / head_dim, head_dim, positions, scale };
+        scratch.reset(shape.group, head_dim);
+        match self.variant {
+            Variant::Scalar => scalar::attention::attend(q, kv, shape, scratch, out),
+        }
+    }
+
+    /// Returns the sum of `exp(x - max)`, in [`LANES`](crate::LANES) lanes.
+    pub fn sum_exp(&self, x: &[f32], max: f32) -> f32 {
+        match self.variant {
+            Variant::Scalar => scalar::lanes::sum_exp(x, max),
+        }
+    }
+
+    /// Replaces every element by its exponential, within 1 unit in the last place.
+    ///
+    /// Subnormal results and overflow to infinity follow IEEE 754; `exp(-inf)` is 0, `exp(0)` is
+    /// 1, and NaN stays NaN.
+    pub fn exp(&self, x: &mut [f32]) {
+        match self.variant {
+            Variant::Scalar => scalar::exp::exp(x),
+        }
+    }
+
+    /// Returns the index of the largest element, the lowest index among equals. NaN is never the
+    /// largest; without any element above negative infinity the answer is 0.
+    pub fn argmax(&self, x: &[f32]) -> usize {
+        match self.variant {
+            Variant::Scalar => scalar::vector::argmax(x),
+        }
+    }
+}

@@ -1,0 +1,380 @@
+//! Every metric of every process, in one list.
+//!
+//! Names and buckets of `gen_ai_*` are those of the OpenTelemetry GenAI conventions
+//! (<https://github.com/open-telemetry/semantic-conventions-genai>), spelt for Prometheus.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder, text};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::{Registry, Unit};
+
+mod recorder;
+#[cfg(test)]
+mod tests;
+
+pub use self::recorder::RequestRecorder;
+
+/// Most distinct values of a model label; later ones are counted as `other`.
+///
+/// A series lives as long as its process: names must not be able to fill the memory.
+pub const MAX_MODEL_LABELS: usize = 256;
+
+const REQUEST_DURATION_SECONDS: [f64; 14] =
+    [0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92];
+const TIME_TO_FIRST_TOKEN_SECONDS: [f64; 16] =
+    [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
+const TIME_PER_OUTPUT_TOKEN_SECONDS: [f64; 13] =
+    [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5];
+/// From one decode step of a tiny model to one prefill chunk of a large one.
+const STEP_DURATION_SECONDS: [f64; 13] =
+    [0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
+
+/// Declares label values: an enum and its text on the wire.
+macro_rules! label_values {
+    ($($(#[$doc:meta])* $name:ident { $($(#[$value_doc:meta])* $value:ident = $text:literal,)+ })+) => {$(
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+        pub enum $name { $($(#[$value_doc])* $value,)+ }
+
+        impl $name {
+            /// Returns the label's text.
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$value => $text,)+ }
+            }
+        }
+
+        impl EncodeLabelValue for $name {
+            fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> fmt::Result {
+                self.as_str().encode(encoder)
+            }
+        }
+    )+};
+}
+
+label_values! {
+    /// Which part of the system measured: one process may be both.
+    Component {
+        /// The front door: durations include waiting and moves.
+        Gateway = "gateway",
+        /// The worker: durations of one stream on one worker.
+        Worker = "worker",
+    }
+    /// What was asked for, as the GenAI conventions name it.
+    Operation {
+        /// A prompt or token ids to continue.
+        TextCompletion = "text_completion",
+        /// A conversation to continue.
+        Chat = "chat",
+    }
+    /// Which tokens are counted.
+    TokenKind {
+        /// Of the prompt, as the model sees it.
+        Prompt = "prompt",
+        /// Of the completion.
+        Completion = "completion",
+    }
+    /// Where a sequence is in the scheduler.
+    SequenceState {
+        /// Admitted, not begun.
+        Waiting = "waiting",
+        /// In the batch.
+        Running = "running",
+    }
+    /// What a page of the KV pool is used for.
+    PageState {
+        /// Free.
+        Free = "free",
+        /// Held by a live sequence.
+        Used = "used",
+        /// Kept for a prefix that may come again.
+        Cached = "cached",
+    }
+    /// Why a stream went on at another worker.
+    MoveCause {
+        /// The connection broke or the stream ended without a word.
+        Broken = "broken",
+        /// The worker is about to stop.
+        Draining = "draining",
+        /// The worker still loads the model.
+        Loading = "loading",
+        /// The worker had no room.
+        Overloaded = "overloaded",
+        /// A later stage of the worker's pipeline is gone.
+        Pipeline = "pipeline",
+        /// The worker cannot compute any more.
+        Failed = "failed",
+    }
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct RequestLabels {
+    component: Component,
+    gen_ai_operation_name: Operation,
+    gen_ai_provider_name: &'static str,
+    gen_ai_request_model: String,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct OutcomeLabels {
+    component: Component,
+    gen_ai_operation_name: Operation,
+    gen_ai_provider_name: &'static str,
+    gen_ai_request_model: String,
+    /// Empty, which Prometheus takes for absent, unless the request failed.
+    error_type: &'static str,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct TokenLabels {
+    component: Component,
+    gen_ai_request_model: String,
+    kind: TokenKind,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct StreamLabels {
+    component: Component,
+    gen_ai_request_model: String,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct RejectionLabels {
+    component: Component,
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct SequenceLabels {
+    state: SequenceState,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct PageLabels {
+    state: PageState,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct WorkerLabels {
+    worker: String,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct CauseLabels {
+    cause: MoveCause,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct ModelLabels {
+    gen_ai_request_model: String,
+}
+
+type HistogramFamily<L> = Family<L, Histogram, fn() -> Histogram>;
+
+/// Every metric of the process. Clones are handles to the same values.
+#[derive(Clone, Debug)]
+pub struct Metrics(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    registry: Registry,
+    /// Model labels in use. Locked for one look-up per request.
+    models: Mutex<HashSet<String>>,
+    request_duration: HistogramFamily<OutcomeLabels>,
+    time_to_first_token: HistogramFamily<RequestLabels>,
+    time_per_output_token: HistogramFamily<RequestLabels>,
+    tokens: Family<TokenLabels, Counter>,
+    streams: Family<StreamLabels, Gauge>,
+    rejections: Family<RejectionLabels, Counter>,
+    worker_outstanding: Family<WorkerLabels, Gauge>,
+    workers: Family<ModelLabels, Gauge>,
+    stream_moves: Family<CauseLabels, Counter>,
+    sequences: Family<SequenceLabels, Gauge>,
+    kv_pages: Family<PageLabels, Gauge>,
+    step_duration: Histogram,
+    step_rows: Counter,
+}
+
+impl Metrics {
+    /// Returns metrics that are all zero.
+    pub fn new() -> Self {
+        let mut inner = Inner {
+            registry: Registry::default(),
+            models: Mutex::default(),
+            request_duration: Family::new_with_constructor(|| {
+                Histogram::new(REQUEST_DURATION_SECONDS)
+            }),
+            time_to_first_token: Family::new_with_constructor(|| {
+                Histogram::new(TIME_TO_FIRST_TOKEN_SECONDS)
+            }),
+            time_per_output_token: Family::new_with_constructor(|| {
+                Histogram::new(TIME_PER_OUTPUT_TOKEN_SECONDS)
+            }),
+            tokens: Family::default(),
+            streams: Family::default(),
+            rejections: Family::default(),
+            worker_outstanding: Family::default(),
+            workers: Family::default(),
+            stream_moves: Family::default(),
+            sequences: Family::default(),
+            kv_pages: Family::default(),
+            step_duration: Histogram::new(STEP_DURATION_SECONDS),
+            step_rows: Counter::default(),
+        };
+
+        let registry = &mut inner.registry;
+        registry.register_with_unit(
+            "gen_ai_server_request_duration",
+            "From the request to the end of its answer",
+            Unit::Seconds,
+            inner.request_duration.clone(),
+        );
+        registry.register_with_unit(
+            "gen_ai_server_time_to_first_token",
+            "From the request to its first token: queue and prefill",
+            Unit::Seconds,
+            inner.time_to_first_token.clone(),
+        );
+        registry.register_with_unit(
+            "gen_ai_server_time_per_output_token",
+            "Mean time between the tokens after the first, per request",
+            Unit::Seconds,
+            inner.time_per_output_token.clone(),
+        );
+        registry.register("tercet_tokens", "Tokens taken in and sent out", inner.tokens.clone());
+        registry.register("tercet_streams", "Generations in progress", inner.streams.clone());
+        registry.register(
+            "tercet_rejections",
+            "Requests refused for want of room or of a worker",
+            inner.rejections.clone(),
+        );
+        registry.register(
+            "tercet_worker_outstanding",
+            "Requests of this gateway in progress at a worker",
+            inner.worker_outstanding.clone(),
+        );
+        registry.register(
+            "tercet_workers",
+            "Workers that requests for a model can be sent to",
+            inner.workers.clone(),
+        );
+        registry.register(
+            "tercet_stream_moves",
+            "Streams that went on at another worker",
+            inner.stream_moves.clone(),
+        );
+        registry.register(
+            "tercet_sequences",
+            "Sequences in the scheduler",
+            inner.sequences.clone(),
+        );
+        registry.register("tercet_kv_pages", "Pages of the KV pool", inner.kv_pages.clone());
+        registry.register_with_unit(
+            "tercet_step_duration",
+            "One step of the engine, all sequences of the batch",
+            Unit::Seconds,
+            inner.step_duration.clone(),
+        );
+        registry.register(
+            "tercet_step_rows",
+            "Rows computed by steps: prompt tokens and decoded tokens",
+            inner.step_rows.clone(),
+        );
+        registry.register(
+            "tercet_build",
+            "What runs here",
+            Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]),
+        );
+        Self(Arc::new(inner))
+    }
+
+    /// Returns all metrics in the OpenMetrics text format.
+    pub fn encode(&self) -> String {
+        let mut out = String::new();
+        text::encode(&mut out, &self.0.registry).expect("writing to a string cannot fail");
+        out
+    }
+
+    /// Starts to measure a generation.
+    ///
+    /// Name only models that exist: each name is a time series for good.
+    pub fn request(
+        &self,
+        component: Component,
+        operation: Operation,
+        model: &str,
+    ) -> RequestRecorder {
+        RequestRecorder::start(self, component, operation, &self.model_label(model))
+    }
+
+    /// Counts a request that was refused; `reason` as told to the client.
+    pub fn reject(&self, component: Component, reason: &'static str) {
+        self.0.rejections.get_or_create(&RejectionLabels { component, reason }).inc();
+    }
+
+    /// Returns the number of requests in progress at a worker, to be kept by the gateway.
+    pub fn worker_outstanding(&self, worker: &str) -> Gauge {
+        let labels = WorkerLabels { worker: worker.to_owned() };
+        self.0.worker_outstanding.get_or_create_owned(&labels)
+    }
+
+    /// Forgets a worker that is gone for good.
+    pub fn forget_worker(&self, worker: &str) {
+        self.0.worker_outstanding.remove(&WorkerLabels { worker: worker.to_owned() });
+    }
+
+    /// Tells how many workers serve a model.
+    pub fn set_workers(&self, model: &str, count: usize) {
+        let labels = ModelLabels { gen_ai_request_model: self.model_label(model) };
+        self.0.workers.get_or_create(&labels).set(gauge_value(count));
+    }
+
+    /// Counts a stream that went on at another worker.
+    pub fn stream_moved(&self, cause: MoveCause) {
+        self.0.stream_moves.get_or_create(&CauseLabels { cause }).inc();
+    }
+
+    /// Tells how many sequences are in a state.
+    pub fn set_sequences(&self, state: SequenceState, count: usize) {
+        self.0.sequences.get_or_create(&SequenceLabels { state }).set(gauge_value(count));
+    }
+
+    /// Tells how many pages of the KV pool are in a state.
+    pub fn set_kv_pages(&self, state: PageState, count: usize) {
+        self.0.kv_pages.get_or_create(&PageLabels { state }).set(gauge_value(count));
+    }
+
+    /// Records one step of the engine.
+    pub fn step(&self, duration: std::time::Duration, rows: u64) {
+        self.0.step_duration.observe(duration.as_secs_f64());
+        self.0.step_rows.inc_by(rows);
+    }
+
+    fn model_label(&self, model: &str) -> String {
+        let mut models = self.0.models.lock().unwrap_or_else(PoisonError::into_inner);
+        if models.contains(model) {
+            return model.to_owned();
+        }
+        if models.len() >= MAX_MODEL_LABELS {
+            return "other".to_owned();
+        }
+        models.insert(model.to_owned());
+        model.to_owned()
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn gauge_value(count: usize) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}

@@ -10,13 +10,17 @@
 //! plane, and the view says whether it is current.
 
 mod error;
+mod etcd;
 mod memory;
 mod record;
 mod registration;
+#[cfg(test)]
+mod suite;
 mod view;
 
 pub use self::{
     error::ClusterError,
+    etcd::{EtcdOptions, EtcdRegistry},
     memory::MemoryRegistry,
     record::{
         ClusterName, InvalidName, LayerRange, ModelRecord, RecordError, WorkerId, WorkerRecord,

@@ -101,3 +101,18 @@ impl Drop for MemoryKeeper {
         self.registry.remove(&self.id, self.epoch);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    macro_rules! on_memory {
+        ($($behaviour:ident)*) => {$(
+            #[tokio::test]
+            async fn $behaviour() {
+                crate::suite::$behaviour(&MemoryRegistry::new()).await;
+            }
+        )*};
+    }
+    crate::suite::every_behaviour!(on_memory);
+}

@@ -1,0 +1,155 @@
+//! What every registry does, run against each of them.
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use tokio::{sync::watch, time};
+
+use crate::{
+    ClusterError, LayerRange, ModelRecord, Registry, View, WorkerId, WorkerRecord, WorkerState,
+};
+
+/// Longest any step of a test may take, on a machine with other things to do.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(40);
+
+macro_rules! every_behaviour {
+    ($test:ident) => {
+        $test! {
+            a_record_is_seen_changed_and_withdrawn
+            a_dropped_registration_is_withdrawn
+            late_readers_see_everybody
+            a_change_keeps_name_and_epoch
+            a_later_incarnation_takes_over
+        }
+    };
+}
+pub(crate) use every_behaviour;
+
+pub(crate) fn record(id: &str, epoch: u64) -> WorkerRecord {
+    WorkerRecord {
+        id: id.parse().unwrap(),
+        address: format!("{id}.workers:7171"),
+        epoch,
+        state: WorkerState::Loading,
+        models: vec![ModelRecord {
+            name: "demo".to_owned(),
+            identity: "00ff".to_owned(),
+            header_digest: "ff00".to_owned(),
+            layers: LayerRange { start: 0, end: 4 },
+            layer_count: 4,
+            context_length: 128,
+            vocab_size: 1000,
+        }],
+        max_sequences: 8,
+    }
+}
+
+/// Returns what `future` gives, which must come soon.
+pub(crate) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
+    let given = time::timeout(PATIENCE, future).await;
+    given.unwrap_or_else(|_| panic!("{what}: nothing within {PATIENCE:?}"))
+}
+
+/// Returns the first view, now or soon, that is as wanted.
+pub(crate) async fn view_where(
+    views: &mut watch::Receiver<Arc<View>>,
+    what: &str,
+    wanted: impl Fn(&View) -> bool,
+) -> Arc<View> {
+    let found = time::timeout(PATIENCE, views.wait_for(|view| wanted(view))).await;
+    match found.map(|found| found.map(|view| Arc::clone(&view))) {
+        Ok(Ok(view)) => view,
+        Ok(Err(_)) => panic!("{what}: the registry closed"),
+        Err(_) => panic!("{what}: not within {PATIENCE:?}; last view: {:#?}", views.borrow()),
+    }
+}
+
+pub(crate) fn names(view: &View) -> Vec<&str> {
+    view.workers.keys().map(WorkerId::as_str).collect()
+}
+
+pub(crate) async fn a_record_is_seen_changed_and_withdrawn(registry: &dyn Registry) {
+    let mut views = registry.watch();
+    view_where(&mut views, "an empty registry", |view| view.current && view.workers.is_empty())
+        .await;
+    let mut registration = soon("register", registry.register(record("a", 1))).await.unwrap();
+    let seen = view_where(&mut views, "the new worker", |view| names(view) == ["a"]).await;
+    assert_eq!(*seen.workers.values().next().unwrap().as_ref(), record("a", 1));
+
+    let ready = |record: &mut WorkerRecord| record.state = WorkerState::Ready;
+    soon("update", registration.update(ready)).await.unwrap();
+    let changed = view_where(&mut views, "the change", |view| {
+        view.workers.values().any(|worker| worker.state == WorkerState::Ready)
+    })
+    .await;
+    assert!(changed.revision > seen.revision, "{} after {}", changed.revision, seen.revision);
+
+    soon("leave", registration.leave()).await;
+    let left = view_where(&mut views, "the leave", |view| view.workers.is_empty()).await;
+    assert!(left.revision > changed.revision && left.current, "{left:?}");
+}
+
+pub(crate) async fn a_dropped_registration_is_withdrawn(registry: &dyn Registry) {
+    let mut views = registry.watch();
+    let kept = soon("register", registry.register(record("kept", 1))).await.unwrap();
+    let dropped = soon("register", registry.register(record("dropped", 1))).await.unwrap();
+    view_where(&mut views, "both workers", |view| names(view) == ["dropped", "kept"]).await;
+    drop(dropped);
+    view_where(&mut views, "the one left", |view| names(view) == ["kept"]).await;
+    soon("leave", kept.leave()).await;
+}
+
+pub(crate) async fn late_readers_see_everybody(registry: &dyn Registry) {
+    let mut registrations = Vec::new();
+    for id in ["c", "a", "b"] {
+        registrations.push(soon("register", registry.register(record(id, 1))).await.unwrap());
+    }
+    let mut views = registry.watch();
+    let all = |view: &View| view.current && names(view) == ["a", "b", "c"];
+    view_where(&mut views, "everybody, by name", all).await;
+    for registration in registrations {
+        soon("leave", registration.leave()).await;
+    }
+    view_where(&mut views, "nobody", |view| view.workers.is_empty()).await;
+}
+
+pub(crate) async fn a_change_keeps_name_and_epoch(registry: &dyn Registry) {
+    let mut views = registry.watch();
+    let mut registration = soon("register", registry.register(record("a", 5))).await.unwrap();
+    let rename = |record: &mut WorkerRecord| {
+        record.id = "b".parse().unwrap();
+        record.epoch = 1;
+        record.max_sequences = 99;
+    };
+    soon("update", registration.update(rename)).await.unwrap();
+    let view = view_where(&mut views, "the change", |view| {
+        view.workers.values().any(|worker| worker.max_sequences == 99)
+    })
+    .await;
+    assert_eq!(names(&view), ["a"]);
+    assert_eq!(view.workers.values().next().unwrap().epoch, 5);
+    assert_eq!(registration.record().id.as_str(), "a");
+}
+
+pub(crate) async fn a_later_incarnation_takes_over(registry: &dyn Registry) {
+    let mut views = registry.watch();
+    let mut first = soon("register", registry.register(record("a", 1))).await.unwrap();
+    let second = soon("register", registry.register(record("a", 2))).await.unwrap();
+    let second_alone =
+        |view: &View| names(view) == ["a"] && view.workers.values().all(|worker| worker.epoch == 2);
+    view_where(&mut views, "the later incarnation", second_alone).await;
+
+    let ready = |record: &mut WorkerRecord| record.state = WorkerState::Ready;
+    let refused = soon("update", first.update(ready)).await;
+    assert!(matches!(refused, Err(ClusterError::Superseded { ours: 1, theirs: 2, .. })));
+    let refused = soon("register", registry.register(record("a", 1))).await;
+    assert!(matches!(refused, Err(ClusterError::Superseded { ours: 1, theirs: 2, .. })));
+
+    // Whoever is registered next is seen after everything that the leave of the first did.
+    soon("leave", first.leave()).await;
+    let marker = soon("register", registry.register(record("marker", 1))).await.unwrap();
+    view_where(&mut views, "the marker", |view| names(view).contains(&"marker")).await;
+    let view = registry.watch().borrow().clone();
+    assert_eq!(names(&view), ["a", "marker"], "the leave of the first took the second along");
+    soon("leave", marker.leave()).await;
+    soon("leave", second.leave()).await;
+}

@@ -15,7 +15,7 @@ pub enum DenseType {
     Bf16,
     /// 34 bytes for 32 weights: `scale: f16, values: [i8; 32]`.
     Q8_0,
-    /// 210 bytes for 256 weights of 6 bits: see [`q6_k`].
+    /// 210 bytes for 256 weights of 6 bits.
     Q6K,
 }
 

@@ -1,5 +1,7 @@
 //! The operations, and the choice of a variant for each.
 
+#[cfg(target_arch = "x86_64")]
+use crate::x86_64::avx2::Avx2;
 use crate::{
     AttentionScratch, BLOCK_POSITIONS, ColumnsMut, DenseMatrix, Int8RowMut, Int8Rows, Isa,
     NonFinite, TernaryMatrix, attention::Shape, scalar,
@@ -17,6 +19,8 @@ pub struct Kernels {
 #[derive(Clone, Copy, Debug)]
 enum Variant {
     Scalar,
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
 }
 
 impl Kernels {
@@ -29,6 +33,9 @@ impl Kernels {
     pub fn new(isa: Isa) -> Option<Self> {
         let variant = match isa {
             Isa::Scalar => Variant::Scalar,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => Variant::Avx2(Avx2::detect()?),
+            #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx2 => return None,
         };
         Some(Self { variant })
@@ -38,6 +45,8 @@ impl Kernels {
     pub fn isa(&self) -> Isa {
         match self.variant {
             Variant::Scalar => Isa::Scalar,
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx2(_) => Isa::Avx2,
         }
     }
 
@@ -51,6 +60,8 @@ impl Kernels {
         let (values, facts) = row.parts();
         let quantized = match self.variant {
             Variant::Scalar => scalar::ternary::quantize(x, values),
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx2(avx2) => avx2.quantize(x, values),
         };
         *facts = quantized.unwrap_or_default();
         if quantized.is_none() {
@@ -72,6 +83,8 @@ impl Kernels {
         assert!(out.columns().end <= w.rows(), "columns {:?} of {}", out.columns(), w.rows());
         match self.variant {
             Variant::Scalar => scalar::ternary::matmul(w, x, n, out),
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx2(avx2) => avx2.ternary_matmul(w, x, n, out),
         }
     }
 
@@ -91,6 +104,8 @@ impl Kernels {
         assert!(out.columns().end <= w.rows(), "columns {:?} of {}", out.columns(), w.rows());
         match self.variant {
             Variant::Scalar => scalar::dense::matmul(w, x, out),
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx2(avx2) => avx2.dense_matmul(w, x, out),
         }
     }
 
@@ -102,6 +117,8 @@ impl Kernels {
         assert_eq!(out.len(), w.cols(), "room for a row");
         match self.variant {
             Variant::Scalar => scalar::dense::row(w.kind(), w.row_bytes(row), out),
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx2(avx2) => avx2.dense_row(w.kind(), w.row_bytes(row), out),
         }
     }
 
@@ -113,6 +130,8 @@ impl Kernels {
         assert_eq!(a.len(), b.len(), "factors of a product");
         match self.variant {
             Variant::Scalar => scalar::lanes::dot(a, b),
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx2(avx2) => avx2.dot(a, b),
         }
     }
 
@@ -129,6 +148,8 @@ impl Kernels {
         let inverse = 1.0 / (mean + eps).sqrt();
         match self.variant {
             Variant::Scalar => scalar::vector::scale(x, inverse, weight, out),
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx2(avx2) => avx2.scale(x, inverse, weight, out),
         }
     }
 
@@ -140,6 +161,8 @@ impl Kernels {
         assert_eq!(gate.len(), up.len(), "gate and up");
         match self.variant {
             Variant::Scalar => scalar::vector::relu2_mul(gate, up),
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx2(avx2) => avx2.relu2_mul(gate, up),
         }
     }
 
@@ -151,6 +174,8 @@ impl Kernels {
         assert_eq!(acc.len(), x.len(), "terms of a sum");
         match self.variant {
             Variant::Scalar => scalar::vector::add(acc, x),
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx2(avx2) => avx2.add(acc, x),
         }
     }
 
@@ -164,6 +189,8 @@ impl Kernels {
         assert_eq!(head.len(), 2 * cos.len(), "a head and its angles");
         match self.variant {
             Variant::Scalar => scalar::vector::rope(head, cos, sin),
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx2(avx2) => avx2.rope(head, cos, sin),
         }
     }
 
@@ -203,6 +230,8 @@ impl Kernels {
         scratch.reset(shape.group, head_dim);
         match self.variant {
             Variant::Scalar => scalar::attention::attend(q, kv, shape, scratch, out),
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx2(avx2) => avx2.attend(q, kv, shape, scratch, out),
         }
     }
 
@@ -210,6 +239,8 @@ impl Kernels {
     pub fn sum_exp(&self, x: &[f32], max: f32) -> f32 {
         match self.variant {
             Variant::Scalar => scalar::lanes::sum_exp(x, max),
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx2(avx2) => avx2.sum_exp(x, max),
         }
     }
 
@@ -220,6 +251,8 @@ impl Kernels {
     pub fn exp(&self, x: &mut [f32]) {
         match self.variant {
             Variant::Scalar => scalar::exp::exp(x),
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx2(avx2) => avx2.exp(x),
         }
     }
 
@@ -228,6 +261,8 @@ impl Kernels {
     pub fn argmax(&self, x: &[f32]) -> usize {
         match self.variant {
             Variant::Scalar => scalar::vector::argmax(x),
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx2(avx2) => avx2.argmax(x),
         }
     }
 }

@@ -58,6 +58,8 @@ mod matrix;
 mod pack;
 mod rows;
 mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
 
 pub use self::{
     attention::{AttentionScratch, BLOCK_POSITIONS, SEGMENT_POSITIONS},

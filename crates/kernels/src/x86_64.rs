@@ -1,0 +1,3 @@
+//! Variants for x86-64.
+
+pub(crate) mod avx2;

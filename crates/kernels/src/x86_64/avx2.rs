@@ -1,0 +1,114 @@
+//! The variant for AVX2 with FMA and F16C.
+//!
+//! [`Avx2`] exists only on a CPU that has all of the features; its methods are the only entrances,
+//! one `unsafe` each. Everything behind them is safe code with the features enabled.
+//!
+//! The 16 virtual lanes are two registers of eight. Loops run over whole registers; what remains
+//! of a row is done number by number with the functions of the scalar variant, on the same lanes.
+
+mod attention;
+mod dense;
+mod exp;
+mod lanes;
+mod memory;
+mod ternary;
+mod vector;
+
+use crate::{
+    AttentionScratch, ColumnsMut, DenseMatrix, DenseType, Int8Rows, TernaryMatrix,
+    attention::Shape, rows::RowFacts,
+};
+
+/// Proof that AVX2, FMA, F16C, BMI1 and BMI2 may be executed on this CPU.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx2(());
+
+impl Avx2 {
+    /// Returns the proof if the CPU and the operating system support every feature.
+    pub(crate) fn detect() -> Option<Self> {
+        let supported = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+            && is_x86_feature_detected!("bmi1")
+            && is_x86_feature_detected!("bmi2");
+        supported.then_some(Self(()))
+    }
+
+    pub(crate) fn quantize(self, x: &[f32], values: &mut [u8]) -> Option<RowFacts> {
+        // SAFETY: `self` exists, so the CPU has the features.
+        unsafe { ternary::quantize(x, values) }
+    }
+
+    pub(crate) fn ternary_matmul(
+        self,
+        w: &TernaryMatrix,
+        x: &Int8Rows,
+        n: usize,
+        out: ColumnsMut<'_>,
+    ) {
+        // SAFETY: `self` exists, so the CPU has the features.
+        unsafe { ternary::matmul(w, x, n, out) }
+    }
+
+    pub(crate) fn dense_matmul(self, w: &DenseMatrix, x: &[f32], out: ColumnsMut<'_>) {
+        // SAFETY: `self` exists, so the CPU has the features.
+        unsafe { dense::matmul(w, x, out) }
+    }
+
+    pub(crate) fn dense_row(self, kind: DenseType, bytes: &[u8], out: &mut [f32]) {
+        // SAFETY: `self` exists, so the CPU has the features.
+        unsafe { dense::row(kind, bytes, out) }
+    }
+
+    pub(crate) fn dot(self, a: &[f32], b: &[f32]) -> f32 {
+        // SAFETY: `self` exists, so the CPU has the features.
+        unsafe { lanes::dot(a, b) }
+    }
+
+    pub(crate) fn scale(self, x: &[f32], factor: f32, weight: &[f32], out: &mut [f32]) {
+        // SAFETY: `self` exists, so the CPU has the features.
+        unsafe { vector::scale(x, factor, weight, out) }
+    }
+
+    pub(crate) fn relu2_mul(self, gate: &mut [f32], up: &[f32]) {
+        // SAFETY: `self` exists, so the CPU has the features.
+        unsafe { vector::relu2_mul(gate, up) }
+    }
+
+    pub(crate) fn add(self, acc: &mut [f32], x: &[f32]) {
+        // SAFETY: `self` exists, so the CPU has the features.
+        unsafe { vector::add(acc, x) }
+    }
+
+    pub(crate) fn rope(self, head: &mut [f32], cos: &[f32], sin: &[f32]) {
+        // SAFETY: `self` exists, so the CPU has the features.
+        unsafe { vector::rope(head, cos, sin) }
+    }
+
+    pub(crate) fn attend<'a>(
+        self,
+        q: &[f32],
+        kv: impl Fn(usize) -> (&'a [f32], &'a [f32]),
+        shape: Shape,
+        scratch: &mut AttentionScratch,
+        out: &mut [f32],
+    ) {
+        // SAFETY: `self` exists, so the CPU has the features.
+        unsafe { attention::attend(q, kv, shape, scratch, out) }
+    }
+
+    pub(crate) fn sum_exp(self, x: &[f32], max: f32) -> f32 {
+        // SAFETY: `self` exists, so the CPU has the features.
+        unsafe { lanes::sum_exp(x, max) }
+    }
+
+    pub(crate) fn exp(self, x: &mut [f32]) {
+        // SAFETY: `self` exists, so the CPU has the features.
+        unsafe { exp::exp(x) }
+    }
+
+    pub(crate) fn argmax(self, x: &[f32]) -> usize {
+        // SAFETY: `self` exists, so the CPU has the features.
+        unsafe { vector::argmax(x) }
+    }
+}

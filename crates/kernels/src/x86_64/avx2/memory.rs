@@ -1,0 +1,48 @@
+//! Loads and stores whose length the type proves.
+
+use std::arch::x86_64::{
+    __m128i, __m256, __m256i, _mm_loadu_si128, _mm256_loadu_ps, _mm256_loadu_si256,
+    _mm256_storeu_ps, _mm256_storeu_si256,
+};
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
+pub(super) fn load(x: &[f32; 8]) -> __m256 {
+    // SAFETY: the reference is valid for 32 bytes; the load needs no alignment.
+    unsafe { _mm256_loadu_ps(x.as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
+pub(super) fn store(x: &mut [f32; 8], value: __m256) {
+    // SAFETY: the reference is valid for 32 bytes; the store needs no alignment.
+    unsafe { _mm256_storeu_ps(x.as_mut_ptr(), value) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
+pub(super) fn load_bytes(x: &[u8; 32]) -> __m256i {
+    // SAFETY: the reference is valid for 32 bytes; the load needs no alignment.
+    unsafe { _mm256_loadu_si256(x.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
+pub(super) fn store_bytes(x: &mut [u8; 32], value: __m256i) {
+    // SAFETY: the reference is valid for 32 bytes; the store needs no alignment.
+    unsafe { _mm256_storeu_si256(x.as_mut_ptr().cast(), value) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
+pub(super) fn load_half(x: &[u8; 16]) -> __m128i {
+    // SAFETY: the reference is valid for 16 bytes; the load needs no alignment.
+    unsafe { _mm_loadu_si128(x.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
+pub(super) fn store_ints(x: &mut [i32; 8], value: __m256i) {
+    // SAFETY: the reference is valid for 32 bytes; the store needs no alignment.
+    unsafe { _mm256_storeu_si256(x.as_mut_ptr().cast(), value) }
+}

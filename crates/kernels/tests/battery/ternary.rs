@@ -1,0 +1,198 @@
+use proptest::prelude::*;
+use tercet_kernels::{AlignedBytes, Int8Rows, Isa, Kernels, MatrixMut, NonFinite, TernaryMatrix};
+
+use crate::support::{Random, assert_bits, scalar, variants};
+
+fn quantized(kernels: Kernels, x: &[f32], cols: usize) -> Int8Rows {
+    let mut rows = Int8Rows::new(x.len() / cols, cols);
+    for (row, x) in x.chunks_exact(cols).enumerate() {
+        kernels.quantize(x, rows.row_mut(row)).unwrap();
+    }
+    rows
+}
+
+fn product(kernels: Kernels, w: &TernaryMatrix, x: &Int8Rows, cuts: &[usize]) -> Vec<f32> {
+    let mut out = vec![f32::NAN; x.rows() * w.rows()];
+    for part in MatrixMut::new(&mut out, x.rows(), w.rows()).split_columns(cuts) {
+        kernels.ternary_matmul(w, x, x.rows(), part);
+    }
+    out
+}
+
+/// The formula of the specification, from unpacked weights.
+fn by_hand(w: &TernaryMatrix, x: &Int8Rows) -> Vec<f32> {
+    let mut out = Vec::new();
+    for t in 0..x.rows() {
+        for row in 0..w.rows() {
+            let sum: i32 = (0..w.cols())
+                .map(|col| i32::from(w.trit(row, col)) * i32::from(x.value(t, col)))
+                .sum();
+            #[expect(clippy::cast_precision_loss, reason = "the rounding is part of the formula")]
+            let sum = sum as f32;
+            out.push(sum * (w.scale() * x.scale(t)));
+        }
+    }
+    out
+}
+
+fn compare(w: &TernaryMatrix, x: &[f32]) {
+    let rows = quantized(scalar(), x, w.cols());
+    let expected = by_hand(w, &rows);
+    let shape = (w.rows(), w.cols(), rows.rows());
+    assert_bits(Isa::Scalar, &product(scalar(), w, &rows, &[]), &expected, shape);
+    for kernels in variants() {
+        let rows = quantized(kernels, x, w.cols());
+        assert_bits(kernels.isa(), &product(kernels, w, &rows, &[]), &expected, shape);
+        let cuts = [w.rows() / 3, w.rows() / 2];
+        assert_bits(kernels.isa(), &product(kernels, w, &rows, &cuts), &expected, shape);
+    }
+}
+
+#[test]
+fn products_equal_on_every_shape() {
+    let mut random = Random(1);
+    for cols in [1, 16, 31, 96, 127, 128, 129, 255, 256, 640, 1280, 1281, 1408, 2560, 2688] {
+        for rows in [1, 2, 3, 4, 5, 7, 9] {
+            let w =
+                TernaryMatrix::from_trits(rows, cols, 0.37, &random.trits(rows * cols)).unwrap();
+            for n in [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 33] {
+                if n > 9 && rows != 5 {
+                    continue;
+                }
+                compare(&w, &random.floats(n * cols));
+            }
+        }
+    }
+}
+
+#[test]
+fn the_worst_sums_do_not_wrap() {
+    for cols in [1280, 1408, 4096, 6912, 16384] {
+        for trit in [1, -1] {
+            let trits = vec![trit; 5 * cols];
+            let w = TernaryMatrix::from_trits(5, cols, 1.0, &trits).unwrap();
+            for (sign, n) in [(1.0, 1), (-1.0, 4), (1.0, 8), (-1.0, 17)] {
+                let x = vec![127.0 * sign; n * cols];
+                compare(&w, &x);
+                let sum = f32::from(trit) * sign * 127.0 * f32::from(u16::try_from(cols).unwrap());
+                for kernels in variants() {
+                    let rows = quantized(kernels, &x, cols);
+                    assert_bits(
+                        kernels.isa(),
+                        &product(kernels, &w, &rows, &[]),
+                        &vec![sum; 5 * n],
+                        cols,
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn damaged_codes_do_not_wrap_either() {
+    // Every code is 3, which counts as weight 2.
+    let cols = 8192;
+    let mut packed = AlignedBytes::zeroed(4 * cols / 4);
+    packed.fill(0xff);
+    let w = TernaryMatrix::from_packed(4, cols, 1.0, packed.into()).unwrap();
+    assert!(w.validate().is_err());
+    for n in [1, 2, 3, 4, 16] {
+        compare(&w, &vec![1.0; n * cols]);
+        compare(&w, &vec![-1.0; n * cols]);
+    }
+}
+
+#[test]
+fn quantised_rows_equal_on_every_length() {
+    let mut random = Random(2);
+    for cols in (1..200).chain([2560, 6912]) {
+        for scale in [1.0, 1e-7, 1e-30, 1e30, f32::MAX] {
+            let x: Vec<f32> =
+                random.floats(cols).iter().map(|x| x.clamp(-1.0, 1.0) * scale).collect();
+            assert_quantised_alike(&x);
+        }
+    }
+}
+
+#[track_caller]
+fn assert_quantised_alike(x: &[f32]) {
+    let expected = quantized(scalar(), x, x.len());
+    for kernels in variants() {
+        let found = quantized(kernels, x, x.len());
+        assert_bits(kernels.isa(), &[found.scale(0)], &[expected.scale(0)], x.len());
+        for col in 0..x.len() {
+            assert_eq!(found.value(0, col), expected.value(0, col), "{}, {x:?}", kernels.isa());
+        }
+    }
+}
+
+#[test]
+fn quantisation_rounds_ties_to_even() {
+    // The largest magnitude is 127, so the factor is 1 and the ties are exact.
+    let x = [127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5];
+    let expected = [127, 0, 2, 2, 0, -2, -2, 126];
+    for kernels in variants().into_iter().chain([scalar()]) {
+        let x: Vec<f32> = x.iter().copied().cycle().take(64).collect();
+        let rows = quantized(kernels, &x, 64);
+        assert_bits(kernels.isa(), &[rows.scale(0)], &[1.0], "scale");
+        for col in 0..64 {
+            assert_eq!(rows.value(0, col), expected[col % 8], "{}, column {col}", kernels.isa());
+        }
+        let rows = quantized(kernels, &[0.0; 40], 40);
+        assert_bits(kernels.isa(), &[rows.scale(0)], &[1e-5 / 127.0], "scale of zeros");
+    }
+}
+
+#[test]
+fn rows_that_are_not_finite_are_reported_and_zeroed() {
+    for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for cols in [1, 8, 33, 64, 100] {
+            for index in 0..cols {
+                let mut x = vec![1.0; cols];
+                let mut rows = Int8Rows::new(1, cols);
+                for kernels in variants().into_iter().chain([scalar()]) {
+                    x[index] = 1.0;
+                    kernels.quantize(&x, rows.row_mut(0)).unwrap();
+                    x[index] = bad;
+                    x[cols - 1] = bad;
+                    assert_eq!(kernels.quantize(&x, rows.row_mut(0)), Err(NonFinite { index }));
+                    assert_eq!(rows.scale(0).to_bits(), 0);
+                    assert!((0..cols).all(|col| rows.value(0, col) == 0));
+                    x[cols - 1] = 1.0;
+                }
+            }
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn products_equal_on_random_shapes(
+        rows in 1_usize..40,
+        cols in 1_usize..3000,
+        n in 1_usize..20,
+        seed: u64,
+    ) {
+        let mut random = Random(seed);
+        let w = TernaryMatrix::from_trits(rows, cols, 1.7e-3, &random.trits(rows * cols)).unwrap();
+        compare(&w, &random.floats(n * cols));
+    }
+
+    #[test]
+    fn any_finite_row_is_quantised_alike(
+        x in prop::collection::vec(prop::num::f32::NORMAL | prop::num::f32::SUBNORMAL | prop::num::f32::ZERO, 1..100),
+    ) {
+        assert_quantised_alike(&x);
+    }
+
+    #[test]
+    fn any_bits_are_refused_alike(bits in prop::collection::vec(any::<u32>(), 1..70)) {
+        let x: Vec<f32> = bits.iter().copied().map(f32::from_bits).collect();
+        let mut rows = Int8Rows::new(1, x.len());
+        let expected = scalar().quantize(&x, rows.row_mut(0));
+        for kernels in variants() {
+            prop_assert_eq!(kernels.quantize(&x, rows.row_mut(0)), expected);
+        }
+    }
+}

@@ -1,0 +1,41 @@
+use std::time::Duration;
+
+/// How a gateway behaves. Plain data; every field has a default.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Most generations and scorings in progress; more are refused with RESOURCE_EXHAUSTED.
+    pub max_streams: u32,
+    /// Most times one stream goes on at another worker.
+    pub max_moves: u32,
+    /// Longest wait for a worker that can take a request, at its start and after each break.
+    pub worker_wait: Duration,
+    /// How long a worker is left alone after its first failure; doubles with each further one.
+    pub ejection: Duration,
+    /// Longest that a worker is left alone.
+    pub max_ejection: Duration,
+    /// When a drain begins: how long connections are still accepted, and requests refused, so that
+    /// load balancers notice first.
+    pub drain_delay: Duration,
+    /// How long streams get to finish in a drain before they are told to resume elsewhere.
+    pub drain_timeout: Duration,
+    /// Pings idle and busy client connections this often.
+    pub keepalive_interval: Duration,
+    /// Closes a client connection whose ping is not answered within this time.
+    pub keepalive_timeout: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            max_streams: 1024,
+            max_moves: 8,
+            worker_wait: Duration::from_secs(10),
+            ejection: Duration::from_millis(250),
+            max_ejection: Duration::from_secs(5),
+            drain_delay: Duration::ZERO,
+            drain_timeout: Duration::from_secs(30),
+            keepalive_interval: Duration::from_secs(30),
+            keepalive_timeout: Duration::from_secs(10),
+        }
+    }
+}

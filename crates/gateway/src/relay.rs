@@ -1,0 +1,404 @@
+//! One client's generation, over as many workers as it takes.
+//!
+//! ```text
+//! ## Seeking  => (Relaying | Ended)    a worker was found; none in time, or the request is refused
+//! ## Relaying => (Relaying | Seeking | Ended)   a message; a break; the last message or an error
+//! ```
+//!
+//! The client sees one stream: one `started`, every index once, one `finished`. What a move needs
+//! is the request, the seed, and the ids so far; text is forwarded and never kept.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::Stream;
+use tercet_proto::{GenerateSpec, Input, Reason, ResumeSpec, v1};
+use tercet_telemetry::{Component, MoveCause, Operation, RequestRecorder};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::Instant;
+use tonic::{Code, Request, Status, Streaming};
+use tracing::{Instrument, Span};
+
+use crate::fleet::{Fleet, Lease, NoWorker, Want};
+use crate::service::Shared;
+use crate::span;
+
+mod cursor;
+
+use self::cursor::{Cursor, Step};
+
+/// How long a worker without room is left alone when it does not say so itself.
+const DEFAULT_BACK_OFF: Duration = Duration::from_millis(200);
+
+/// Tokens that a request without `max_tokens` is assumed to take, as load of its worker.
+const ASSUMED_TOKENS: u64 = 256;
+
+/// What a relay starts with.
+#[derive(Debug)]
+pub(crate) struct Start {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) spec: GenerateSpec,
+    /// The model that the request means.
+    pub(crate) model: String,
+    /// Key of the draws.
+    pub(crate) seed: u64,
+    /// When the client stops waiting.
+    pub(crate) deadline: Option<Instant>,
+    /// Until when the first worker must be found.
+    pub(crate) seek_until: Instant,
+    /// The call's span.
+    pub(crate) span: Span,
+    /// The call's place among the streams of this gateway.
+    pub(crate) permit: OwnedSemaphorePermit,
+}
+
+/// A generation in progress. Dropping it cancels the computation.
+struct Relay {
+    state: State,
+    /// Resolves when the stream must end, whatever the worker does. One future for the whole
+    /// stream: a timer and a waiter per message would cost more than the message.
+    ending: Pin<Box<dyn Future<Output = Status> + Send>>,
+}
+
+struct State {
+    shared: Arc<Shared>,
+    /// The request, with the seed filled in and without what it resumes: that is in the cursor.
+    spec: GenerateSpec,
+    operation: Operation,
+    want: Want,
+    /// Where the client's stream is.
+    cursor: Cursor,
+    attempt: Option<Attempt>,
+    /// Breaks survived.
+    moves: u32,
+    deadline: Option<Instant>,
+    /// Until when a worker must be found; `None` while one answers.
+    seek_until: Option<Instant>,
+    /// What the last worker said that did not take the request.
+    refusal: Option<Status>,
+    /// `None` once the stream has ended.
+    recorder: Option<RequestRecorder>,
+    span: Span,
+    /// The span of the last attempt, for the next one to point at.
+    previous: Option<Span>,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// A stream at one worker.
+struct Attempt {
+    stream: Streaming<v1::GenerateResponse>,
+    lease: Lease,
+    span: Span,
+    /// Whether a message has come.
+    alive: bool,
+}
+
+/// Returns the stream that the client sees.
+pub(crate) fn relay(
+    start: Start,
+) -> impl Stream<Item = Result<v1::GenerateResponse, Status>> + Send + 'static {
+    // Boxed: the relay moves into a new future for each message.
+    futures::stream::unfold(Box::new(Relay::new(start)), |mut relay| async move {
+        let item = relay.next().await?;
+        Some((item, relay))
+    })
+}
+
+impl Relay {
+    fn new(start: Start) -> Self {
+        let Start { shared, mut spec, model, seed, deadline, seek_until, span, permit } = start;
+        let operation = match spec.input {
+            Input::Prompt(_) | Input::Tokens(_) => Operation::TextCompletion,
+            Input::Chat(_) => Operation::Chat,
+        };
+        span.record("gen_ai.operation.name", operation.as_str());
+        span.record("gen_ai.request.model", model.as_str());
+        spec.model = Some(model.clone());
+        spec.sampling.seed = Some(seed);
+        let given = spec.resume.take().map(|resume| resume.token_ids).unwrap_or_default();
+        let tokens = spec.stop.max_tokens.map_or(ASSUMED_TOKENS, u64::from);
+        let ending = Box::pin(ending(shared.stop.clone(), deadline));
+        let recorder = shared.metrics.request(Component::Gateway, operation, &model);
+        Self {
+            state: State {
+                shared,
+                spec,
+                operation,
+                want: Want { model, identity: None, tokens },
+                cursor: Cursor::new(seed, given),
+                attempt: None,
+                moves: 0,
+                deadline,
+                seek_until: Some(seek_until),
+                refusal: None,
+                recorder: Some(recorder),
+                span,
+                previous: None,
+                _permit: permit,
+            },
+            ending,
+        }
+    }
+
+    /// Returns the next message for the client; `None` after the last.
+    async fn next(&mut self) -> Option<Result<v1::GenerateResponse, Status>> {
+        self.state.recorder.as_ref()?;
+        // A message that is there goes out, even if it comes with the deadline.
+        let outcome = tokio::select! {
+            biased;
+            outcome = self.state.next() => outcome,
+            status = &mut self.ending => Err(status),
+        };
+        if let Err(status) = &outcome {
+            self.state.fail(status);
+        }
+        Some(outcome)
+    }
+}
+
+impl State {
+    async fn next(&mut self) -> Result<v1::GenerateResponse, Status> {
+        loop {
+            let Some(attempt) = &mut self.attempt else {
+                self.seek().await?;
+                continue;
+            };
+            let status = match attempt.stream.message().await {
+                Ok(Some(response)) => match self.accept(response) {
+                    Step::Forward(response) => return Ok(response),
+                    Step::Skip => continue,
+                    Step::Broken(why) => Reason::StreamBroken.status(why),
+                    Step::Mismatch(why) => Reason::ModelMismatch.status(why),
+                },
+                Ok(None) => Reason::StreamBroken.status("stream ended before it was finished"),
+                Err(status) => status,
+            };
+            // ## Relaying => (Seeking | Ended)
+            if let Some(attempt) = self.attempt.take() {
+                self.part(&attempt.lease, attempt.span, status)?;
+            }
+        }
+    }
+
+    /// Takes a message of the current attempt.
+    fn accept(&mut self, response: v1::GenerateResponse) -> Step {
+        let (Some(attempt), Some(recorder)) = (&mut self.attempt, &mut self.recorder) else {
+            return Step::Skip;
+        };
+        if !attempt.alive {
+            attempt.alive = true;
+            attempt.lease.link().set_alive();
+            self.seek_until = None;
+            self.refusal = None;
+        }
+        let before = self.cursor.len();
+        let step = self.cursor.accept(response);
+        let Step::Forward(response) = &step else { return step };
+        match &response.event {
+            Some(v1::generate_response::Event::Started(started)) => {
+                recorder.prompt(started.prompt_tokens);
+                attempt.span.record("gen_ai.response.model", started.model.as_str());
+                self.want.identity = Some(attempt.lease.identity().to_owned());
+            }
+            Some(v1::generate_response::Event::Delta(_)) => {
+                let tokens = self.cursor.len() - before;
+                recorder.completion(tokens);
+                attempt.lease.progress(u64::try_from(tokens).unwrap_or(u64::MAX));
+            }
+            Some(v1::generate_response::Event::Finished(finished)) => {
+                // ## Relaying => Ended
+                span::record_finished(&attempt.span, finished);
+                span::record_finished(&self.span, finished);
+                self.attempt = None;
+                if let Some(recorder) = self.recorder.take() {
+                    recorder.succeed();
+                }
+            }
+            None => {}
+        }
+        step
+    }
+
+    /// Finds a worker and opens a stream there. ## Seeking => (Relaying | Ended)
+    async fn seek(&mut self) -> Result<(), Status> {
+        loop {
+            let wait = self.shared.config.worker_wait;
+            let until = *self.seek_until.get_or_insert_with(|| Instant::now() + wait);
+            let lease = match self.shared.fleet.acquire(&self.want, until).await {
+                Ok(lease) => lease,
+                Err(NoWorker) => return Err(self.no_worker()),
+            };
+            let spec = self.spec_to_send();
+            let span =
+                span::generation(&self.span, self.operation, &self.want.model, &spec, lease.link());
+            if let Some(previous) = &self.previous {
+                span.follows_from(previous);
+            }
+            self.cursor.begin_attempt();
+            match self.open(&lease, &span, spec).await {
+                Ok(stream) => {
+                    self.attempt = Some(Attempt { stream, lease, span, alive: false });
+                    return Ok(());
+                }
+                Err(status) => self.part(&lease, span, status)?,
+            }
+        }
+    }
+
+    /// Returns the request as the next worker must see it.
+    fn spec_to_send(&self) -> GenerateSpec {
+        let mut spec = self.spec.clone();
+        let ids = self.cursor.ids();
+        if !ids.is_empty() {
+            let resume = ResumeSpec { seed: self.cursor.seed(), token_ids: ids.to_vec() };
+            spec.resume = Some(resume);
+        }
+        spec
+    }
+
+    async fn open(
+        &self,
+        lease: &Lease,
+        span: &Span,
+        spec: GenerateSpec,
+    ) -> Result<Streaming<v1::GenerateResponse>, Status> {
+        let mut request = Request::new(v1::GenerateRequest::from(spec));
+        tercet_telemetry::inject(span, request.metadata_mut());
+        if let Some(deadline) = self.deadline {
+            request.set_timeout(deadline.saturating_duration_since(Instant::now()));
+        }
+        let mut client = lease.link().client();
+        let response = client.generate(request).instrument(span.clone()).await?;
+        Ok(response.into_inner())
+    }
+
+    /// Leaves a worker whose stream ended with `status`. Fails if the client's stream ends too.
+    fn part(&mut self, lease: &Lease, span: Span, status: Status) -> Result<(), Status> {
+        span::record_received(&span, &status);
+        self.previous = Some(span);
+        // The client's own timer looks like a broken transport: the worker is not to blame.
+        if self.is_expired() {
+            return Err(deadline_exceeded());
+        }
+        if !tercet_proto::is_movable(&status) {
+            return Err(relayed(&status));
+        }
+
+        let cause = blame(&self.shared.fleet, lease, &status);
+        // A worker without room costs time, which is bounded, and no more than that.
+        if !matches!(cause, MoveCause::Overloaded | MoveCause::Loading) {
+            self.moves += 1;
+            let max_moves = self.shared.config.max_moves;
+            if self.moves > max_moves {
+                let message =
+                    format!("gave up after {max_moves} moves, the last worker: {}", said(&status));
+                return Err(Reason::of(&status).unwrap_or(Reason::StreamBroken).status(message));
+            }
+        }
+        self.shared.metrics.stream_moved(cause);
+        tracing::info!(
+            parent: &self.span,
+            cause = cause.as_str(),
+            worker = lease.link().worker().as_str(),
+            index = self.cursor.len(),
+            status = said(&status),
+            "migrate"
+        );
+        self.refusal = Some(status);
+        Ok(())
+    }
+
+    fn no_worker(&mut self) -> Status {
+        if self.is_expired() {
+            return deadline_exceeded();
+        }
+        let model = &self.want.model;
+        match self.refusal.take() {
+            Some(status) if Reason::of(&status) == Some(Reason::Overloaded) => relayed(&status),
+            Some(status) => Reason::NoWorker
+                .status(format!("no worker can serve {model:?} now, the last: {}", said(&status))),
+            None => Reason::NoWorker.status(format!("no worker can serve {model:?} now")),
+        }
+    }
+
+    fn is_expired(&self) -> bool {
+        self.deadline.is_some_and(|deadline| deadline <= Instant::now())
+    }
+
+    /// ## (Seeking | Relaying) => Ended
+    fn fail(&mut self, status: &Status) {
+        self.attempt = None;
+        span::record_answered(&self.span, status);
+        self.shared.count_rejection(status);
+        if let Some(recorder) = self.recorder.take() {
+            recorder.fail(span::error_type(status));
+        }
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        if self.recorder.is_some() {
+            span::record_answered(&self.span, &Status::cancelled("client went away"));
+        }
+    }
+}
+
+/// Resolves when the client's deadline passes or the gateway must stop.
+async fn ending(stop: tokio_util::sync::CancellationToken, deadline: Option<Instant>) -> Status {
+    let expired = async {
+        match deadline {
+            Some(deadline) => tokio::time::sleep_until(deadline).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        () = expired => deadline_exceeded(),
+        () = stop.cancelled() => Reason::Draining.status("this gateway stops, resume at another"),
+    }
+}
+
+pub(crate) fn deadline_exceeded() -> Status {
+    Status::deadline_exceeded("the answer was not finished within the deadline of the call")
+}
+
+/// Keeps new requests away from a worker that ended one with a movable `status`, and returns why.
+pub(crate) fn blame(fleet: &Fleet, lease: &Lease, status: &Status) -> MoveCause {
+    let cause = cause(status);
+    match cause {
+        // The registry will say so too, later.
+        MoveCause::Draining => lease.link().set_draining(),
+        MoveCause::Overloaded | MoveCause::Loading => {
+            let delay = tercet_proto::retry_after(status).unwrap_or(DEFAULT_BACK_OFF);
+            lease.link().back_off(Instant::now() + delay);
+        }
+        MoveCause::Broken | MoveCause::Pipeline | MoveCause::Failed => fleet.eject(lease),
+    }
+    cause
+}
+
+fn cause(status: &Status) -> MoveCause {
+    match Reason::of(status) {
+        Some(Reason::Draining) => MoveCause::Draining,
+        Some(Reason::Loading) => MoveCause::Loading,
+        Some(Reason::Overloaded) => MoveCause::Overloaded,
+        Some(Reason::PipelineBroken) => MoveCause::Pipeline,
+        Some(Reason::WorkerFailed) => MoveCause::Failed,
+        _ => MoveCause::Broken,
+    }
+}
+
+/// Returns a worker's status as it is passed on: without its metadata.
+pub(crate) fn relayed(status: &Status) -> Status {
+    Status::with_details(status.code(), status.message(), status.details().to_vec().into())
+}
+
+fn said(status: &Status) -> &str {
+    match (status.message(), status.code()) {
+        ("", Code::Unavailable) => "unavailable",
+        ("", _) => "no reason given",
+        (message, _) => message,
+    }
+}

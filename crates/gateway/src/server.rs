@@ -1,0 +1,220 @@
+//! Binds the parts to a listener, and takes them down again.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tercet_cluster::{Registry, View};
+use tercet_proto::v1::inference_server::InferenceServer;
+use tercet_telemetry::Metrics;
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+
+use crate::fleet::{Fleet, Routes};
+use crate::service::{Service, Shared};
+use crate::{Config, Dialer, LeastOutstanding, Policy};
+
+/// How long the last messages of ended streams get to reach their clients.
+const FLUSH: Duration = Duration::from_secs(1);
+
+/// Names under which health is told: the whole server and its service.
+const HEALTH_NAMES: [&str; 2] = ["", "tercet.v1.Inference"];
+
+/// A gateway that is wired and not yet serving.
+#[derive(Debug)]
+pub struct Gateway {
+    shared: Arc<Shared>,
+    view: watch::Receiver<Arc<View>>,
+}
+
+/// Why a gateway does not serve.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// Fault: us.
+    #[error("describe the services for reflection")]
+    Reflection(#[source] tonic_reflection::server::Error),
+    /// Fault: the machine.
+    #[error("serve gRPC")]
+    Transport(#[source] tonic::transport::Error),
+}
+
+/// Tells whether a gateway should get requests. Clones tell the same.
+#[derive(Clone, Debug)]
+pub struct Readiness {
+    routes: watch::Receiver<Arc<Routes>>,
+    draining: CancellationToken,
+}
+
+impl Readiness {
+    /// Returns whether at least one model can be asked for, or why not.
+    pub fn check(&self) -> Result<(), String> {
+        if self.draining.is_cancelled() {
+            return Err("draining".to_owned());
+        }
+        if !self.routes.borrow().is_serving() {
+            return Err("no worker is ready".to_owned());
+        }
+        Ok(())
+    }
+}
+
+impl Gateway {
+    /// Wires a gateway over the workers of `registry`, reached through `dialer`.
+    pub fn build(
+        config: Config,
+        registry: &dyn Registry,
+        dialer: Arc<dyn Dialer>,
+        metrics: Metrics,
+    ) -> Self {
+        Self::build_with_policy(
+            config,
+            registry,
+            dialer,
+            metrics,
+            Box::new(LeastOutstanding::default()),
+        )
+    }
+
+    /// Wires a gateway that chooses workers by `policy`.
+    pub fn build_with_policy(
+        config: Config,
+        registry: &dyn Registry,
+        dialer: Arc<dyn Dialer>,
+        metrics: Metrics,
+        policy: Box<dyn Policy>,
+    ) -> Self {
+        let fleet = Fleet::new(&config, dialer, policy, metrics.clone());
+        let streams = usize::try_from(config.max_streams).unwrap_or(Semaphore::MAX_PERMITS);
+        let shared = Shared {
+            fleet,
+            metrics,
+            streams: Arc::new(Semaphore::new(streams)),
+            draining: CancellationToken::new(),
+            stop: CancellationToken::new(),
+            config,
+        };
+        Self { shared: Arc::new(shared), view: registry.watch() }
+    }
+
+    /// Returns what tells whether this gateway should get requests.
+    pub fn readiness(&self) -> Readiness {
+        Readiness { routes: self.shared.fleet.watch(), draining: self.shared.draining.clone() }
+    }
+
+    /// Serves on `listener` until `shutdown` resolves, then drains:
+    ///
+    /// 1. Health turns to NOT_SERVING and new requests are refused with UNAVAILABLE (DRAINING).
+    /// 2. After `drain_delay` no connection is accepted any more.
+    /// 3. Streams finish. Those left after `drain_timeout` end with UNAVAILABLE (DRAINING).
+    ///
+    /// Returns when all streams have ended. Dropping the future ends them at once.
+    pub async fn serve(
+        self,
+        listener: TcpListener,
+        shutdown: impl Future<Output = ()> + Send,
+    ) -> Result<(), ServeError> {
+        let Self { shared, view } = self;
+        let config = shared.config.clone();
+        let draining = shared.draining.clone();
+        let stop = shared.stop.clone();
+        let closing = CancellationToken::new();
+        // Ends the background tasks, and with a dropped future also the streams.
+        let _guards = (draining.clone().drop_guard(), stop.clone().drop_guard());
+
+        shared.fleet.apply(&Arc::clone(&view.borrow()));
+        let (reporter, health) = tonic_health::server::health_reporter();
+        report(&reporter, shared.fleet.watch().borrow().is_serving()).await;
+
+        let tasks = TaskTracker::new();
+        let follower = Arc::clone(&shared);
+        let following = stop.clone();
+        tasks.spawn(async move {
+            following.run_until_cancelled(follower.fleet.follow(view)).await;
+        });
+        tasks.spawn(report_health(reporter, shared.fleet.watch(), draining.clone()));
+        tasks.close();
+
+        let server = Server::builder()
+            .http2_keepalive_interval(Some(config.keepalive_interval))
+            .http2_keepalive_timeout(Some(config.keepalive_timeout))
+            .add_service(health)
+            .add_service(reflection().build_v1().map_err(ServeError::Reflection)?)
+            .add_service(reflection().build_v1alpha().map_err(ServeError::Reflection)?)
+            .add_service(InferenceServer::new(Service::new(Arc::clone(&shared))))
+            .serve_with_incoming_shutdown(
+                TcpIncoming::from(listener).with_nodelay(Some(true)),
+                closing.clone().cancelled_owned(),
+            );
+        let mut server = std::pin::pin!(server);
+
+        let drain = async {
+            shutdown.await;
+            draining.cancel();
+            tokio::time::sleep(config.drain_delay).await;
+            closing.cancel();
+            // Not only `server`: it also waits for calls that never end, as health watches.
+            if !shared.streams_end_within(config.drain_timeout).await {
+                tracing::info!(
+                    "streams are left after the drain, they are told to resume elsewhere"
+                );
+            }
+            stop.cancel();
+            // A client that does not read keeps its stream.
+            shared.streams_end_within(FLUSH).await;
+            tokio::time::sleep(FLUSH).await;
+        };
+        let served = tokio::select! {
+            served = &mut server => served.map_err(ServeError::Transport),
+            () = drain => Ok(()),
+        };
+        stop.cancel();
+        draining.cancel();
+        tasks.wait().await;
+        served
+    }
+}
+
+impl Shared {
+    /// Returns whether all streams have ended before `timeout` has passed. New ones are refused by
+    /// then.
+    async fn streams_end_within(&self, timeout: Duration) -> bool {
+        let ended = self.streams.acquire_many(self.config.max_streams);
+        tokio::time::timeout(timeout, ended).await.is_ok()
+    }
+}
+
+/// Tells health as routes come and go, until the gateway drains.
+async fn report_health(
+    reporter: HealthReporter,
+    mut routes: watch::Receiver<Arc<Routes>>,
+    draining: CancellationToken,
+) {
+    loop {
+        let serving = routes.borrow_and_update().is_serving();
+        report(&reporter, serving).await;
+        match draining.run_until_cancelled(routes.changed()).await {
+            Some(Ok(())) => {}
+            Some(Err(_)) | None => break,
+        }
+    }
+    report(&reporter, false).await;
+}
+
+async fn report(reporter: &HealthReporter, serving: bool) {
+    let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+    for name in HEALTH_NAMES {
+        reporter.set_service_status(name, status).await;
+    }
+}
+
+fn reflection() -> tonic_reflection::server::Builder<'static> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(tercet_proto::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+}

@@ -1,0 +1,262 @@
+//! The public service: admits requests and passes them on.
+
+use std::future::Future;
+use std::hash::{BuildHasher, RandomState};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::Stream;
+use tercet_proto::v1::inference_client::InferenceClient;
+use tercet_proto::v1::inference_server::Inference;
+use tercet_proto::{GenerateSpec, InvalidRequest, Reason, ScoreSpec, TokenizeSpec, v1};
+use tercet_telemetry::{Component, Metrics};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
+use tonic::{Request, Response, Status};
+use tracing::{Instrument, Span};
+
+use crate::Config;
+use crate::fleet::{Fleet, NoWorker, RouteError, Want};
+use crate::relay::{self, Start};
+use crate::span;
+
+/// When to come back if there is no room: streams end all the time.
+const RETRY_DELAY: Duration = Duration::from_secs(1);
+
+/// Most times a call with a single answer is made.
+const UNARY_ATTEMPTS: u32 = 2;
+
+/// What all calls share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) config: Config,
+    pub(crate) fleet: Fleet,
+    pub(crate) metrics: Metrics,
+    /// Room for streams.
+    pub(crate) streams: Arc<Semaphore>,
+    /// Cancelled when no new requests are taken any more.
+    pub(crate) draining: CancellationToken,
+    /// Cancelled when streams must end.
+    pub(crate) stop: CancellationToken,
+}
+
+impl Shared {
+    /// Counts a request that ended for want of room or of a worker.
+    pub(crate) fn count_rejection(&self, status: &Status) {
+        if let Some(reason @ (Reason::Overloaded | Reason::Draining | Reason::NoWorker)) =
+            Reason::of(status)
+        {
+            self.metrics.reject(Component::Gateway, reason.as_str());
+        }
+    }
+}
+
+/// The gateway's side of `tercet.v1.Inference`.
+#[derive(Clone, Debug)]
+pub(crate) struct Service(Arc<Shared>);
+
+/// A call with a single answer.
+struct Call<M> {
+    message: M,
+    want: Want,
+    deadline: Option<Instant>,
+    seek_until: Instant,
+}
+
+impl<M> Call<M> {
+    fn is_expired(&self) -> bool {
+        self.deadline.is_some_and(|deadline| deadline <= Instant::now())
+    }
+}
+
+impl Service {
+    pub(crate) fn new(shared: Arc<Shared>) -> Self {
+        Self(shared)
+    }
+
+    async fn start(
+        &self,
+        request: Request<v1::GenerateRequest>,
+        span: Span,
+    ) -> Result<Start, Status> {
+        let (deadline, seek_until) = self.times(&request);
+        let spec = GenerateSpec::try_from(request.into_inner())?;
+        let permit = self.admit()?;
+        let model = self.resolve(spec.model.as_deref(), seek_until).await?;
+        let seed = spec.seed().unwrap_or_else(draw_seed);
+        let shared = Arc::clone(&self.0);
+        Ok(Start { shared, spec, model, seed, deadline, seek_until, span, permit })
+    }
+
+    /// Returns when the caller stops waiting, and until when a worker must be found.
+    fn times<M>(&self, request: &Request<M>) -> (Option<Instant>, Instant) {
+        let now = Instant::now();
+        let deadline = tercet_proto::timeout(request.metadata()).map(|timeout| now + timeout);
+        let seek_until = now + self.0.config.worker_wait;
+        (deadline, deadline.map_or(seek_until, |deadline| deadline.min(seek_until)))
+    }
+
+    /// Returns a place among the streams, if there is room.
+    fn admit(&self) -> Result<OwnedSemaphorePermit, Status> {
+        if self.0.draining.is_cancelled() {
+            return Err(Reason::Draining.status("this gateway takes no new requests, ask another"));
+        }
+        Arc::clone(&self.0.streams).try_acquire_owned().map_err(|_| {
+            let room = self.0.config.max_streams;
+            let message = format!("all {room} streams of this gateway are in use");
+            Reason::Overloaded.status_retry_after(message, RETRY_DELAY)
+        })
+    }
+
+    async fn resolve(&self, model: Option<&str>, until: Instant) -> Result<String, Status> {
+        self.0.fleet.resolve(model, until).await.map_err(Status::from)
+    }
+
+    /// Makes a call at a worker, and once more if that worker is out of reach.
+    async fn forward<M, R, F>(
+        &self,
+        call: Call<M>,
+        send: impl Fn(InferenceClient<Channel>, Request<M>) -> F,
+    ) -> Result<Response<R>, Status>
+    where
+        M: Clone,
+        F: Future<Output = Result<Response<R>, Status>>,
+    {
+        let mut attempts = 1;
+        loop {
+            let lease = match self.0.fleet.acquire(&call.want, call.seek_until).await {
+                Ok(lease) => lease,
+                Err(NoWorker) => {
+                    if call.is_expired() {
+                        return Err(relay::deadline_exceeded());
+                    }
+                    let message = format!("no worker can serve {:?} now", call.want.model);
+                    return Err(Reason::NoWorker.status(message));
+                }
+            };
+            let mut request = Request::new(call.message.clone());
+            tercet_telemetry::inject(&Span::current(), request.metadata_mut());
+            if let Some(deadline) = call.deadline {
+                request.set_timeout(deadline.saturating_duration_since(Instant::now()));
+            }
+            let status = match send(lease.link().client(), request).await {
+                Ok(response) => {
+                    lease.link().set_alive();
+                    return Ok(Response::new(response.into_inner()));
+                }
+                Err(status) => status,
+            };
+            if call.is_expired() {
+                return Err(relay::deadline_exceeded());
+            }
+            if !tercet_proto::is_movable(&status) {
+                return Err(relay::relayed(&status));
+            }
+            relay::blame(&self.0.fleet, &lease, &status);
+            if attempts == UNARY_ATTEMPTS {
+                return Err(relay::relayed(&status));
+            }
+            attempts += 1;
+        }
+    }
+
+    /// Records how a call ended.
+    fn answer<R>(&self, span: &Span, outcome: Result<R, Status>) -> Result<R, Status> {
+        if let Err(status) = &outcome {
+            span::record_answered(span, status);
+            self.0.count_rejection(status);
+        }
+        outcome
+    }
+}
+
+#[tonic::async_trait]
+impl Inference for Service {
+    type GenerateStream =
+        Pin<Box<dyn Stream<Item = Result<v1::GenerateResponse, Status>> + Send + 'static>>;
+
+    async fn generate(
+        &self,
+        request: Request<v1::GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        let span = span::server("tercet.v1.Inference/Generate", request.metadata());
+        let start = self.start(request, span.clone()).instrument(span.clone()).await;
+        let start = self.answer(&span, start)?;
+        Ok(Response::new(Box::pin(relay::relay(start))))
+    }
+
+    async fn tokenize(
+        &self,
+        request: Request<v1::TokenizeRequest>,
+    ) -> Result<Response<v1::TokenizeResponse>, Status> {
+        let span = span::server("tercet.v1.Inference/Tokenize", request.metadata());
+        let answered = async {
+            let (deadline, seek_until) = self.times(&request);
+            let mut spec = TokenizeSpec::from(request.into_inner());
+            let model = self.resolve(spec.model.as_deref(), seek_until).await?;
+            spec.model = Some(model.clone());
+            let want = Want { model, identity: None, tokens: 1 };
+            let message = v1::TokenizeRequest::from(spec);
+            self.forward(
+                Call { message, want, deadline, seek_until },
+                |mut client, request| async move { client.tokenize(request).await },
+            )
+            .await
+        };
+        let outcome = answered.instrument(span.clone()).await;
+        self.answer(&span, outcome)
+    }
+
+    async fn score(
+        &self,
+        request: Request<v1::ScoreRequest>,
+    ) -> Result<Response<v1::ScoreResponse>, Status> {
+        let span = span::server("tercet.v1.Inference/Score", request.metadata());
+        let answered = async {
+            let (deadline, seek_until) = self.times(&request);
+            let mut spec = ScoreSpec::try_from(request.into_inner())?;
+            let _permit = self.admit()?;
+            let model = self.resolve(spec.model.as_deref(), seek_until).await?;
+            spec.model = Some(model.clone());
+            let tokens = u64::try_from(spec.tokens.len()).unwrap_or(u64::MAX);
+            let want = Want { model, identity: None, tokens };
+            let message = v1::ScoreRequest::from(spec);
+            self.forward(
+                Call { message, want, deadline, seek_until },
+                |mut client, request| async move { client.score(request).await },
+            )
+            .await
+        };
+        let outcome = answered.instrument(span.clone()).await;
+        self.answer(&span, outcome)
+    }
+
+    async fn list_models(
+        &self,
+        _request: Request<v1::ListModelsRequest>,
+    ) -> Result<Response<v1::ListModelsResponse>, Status> {
+        let models = self.0.fleet.watch().borrow().models();
+        Ok(Response::new(v1::ListModelsResponse { models }))
+    }
+}
+
+impl From<RouteError> for Status {
+    fn from(error: RouteError) -> Self {
+        let message = error.to_string();
+        match error {
+            RouteError::Unknown { .. } => Reason::ModelUnknown.status(message),
+            RouteError::Ambiguous { .. } => InvalidRequest::new("model", message).into(),
+            RouteError::Nothing => Reason::NoWorker.status(message),
+        }
+    }
+}
+
+/// Returns a seed that no other request has.
+fn draw_seed() -> u64 {
+    // The keys of a new `RandomState` come from the system's randomness and differ each time;
+    // SipHash spreads them over all 64 bits. A seed has to be distinct, not secret.
+    RandomState::new().hash_one(0_u8)
+}

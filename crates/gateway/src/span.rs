@@ -1,0 +1,155 @@
+//! Spans and attributes of the OpenTelemetry RPC and GenAI conventions.
+
+use tercet_proto::{GenerateSpec, Reason, v1};
+use tercet_telemetry::Operation;
+use tonic::metadata::MetadataMap;
+use tonic::{Code, Status};
+use tracing::Span;
+use tracing::field::Empty;
+
+use crate::fleet::Link;
+
+/// Returns the span of a call by a client, part of the client's trace.
+pub(crate) fn server(method: &'static str, metadata: &MetadataMap) -> Span {
+    let span = tracing::info_span!(
+        "rpc",
+        otel.name = method,
+        otel.kind = "server",
+        otel.status_code = Empty,
+        rpc.system.name = "grpc",
+        rpc.method = method,
+        rpc.response.status_code = Empty,
+        error.type = Empty,
+        gen_ai.operation.name = Empty,
+        gen_ai.request.model = Empty,
+        gen_ai.usage.input_tokens = Empty,
+        gen_ai.usage.output_tokens = Empty,
+        gen_ai.response.finish_reasons = Empty,
+    );
+    tercet_telemetry::extract(metadata, &span);
+    span
+}
+
+/// Returns the span of one attempt to have a worker generate.
+pub(crate) fn generation(
+    parent: &Span,
+    operation: Operation,
+    model: &str,
+    spec: &GenerateSpec,
+    link: &Link,
+) -> Span {
+    let (host, port) = split_address(link.address());
+    let span = tracing::info_span!(
+        parent: parent,
+        "generation",
+        otel.name = format!("{} {model}", operation.as_str()),
+        otel.kind = "client",
+        otel.status_code = Empty,
+        error.type = Empty,
+        gen_ai.operation.name = operation.as_str(),
+        gen_ai.provider.name = "tercet",
+        gen_ai.request.model = model,
+        gen_ai.request.stream = true,
+        gen_ai.request.max_tokens = spec.stop.max_tokens,
+        gen_ai.request.temperature = spec.sampling.temperature,
+        gen_ai.request.top_k = spec.sampling.top_k,
+        gen_ai.request.top_p = spec.sampling.top_p,
+        gen_ai.request.seed = spec.sampling.seed,
+        gen_ai.response.model = Empty,
+        gen_ai.response.finish_reasons = Empty,
+        gen_ai.usage.input_tokens = Empty,
+        gen_ai.usage.output_tokens = Empty,
+        rpc.system.name = "grpc",
+        rpc.method = "tercet.v1.Inference/Generate",
+        rpc.response.status_code = Empty,
+        server.address = host,
+        server.port = port,
+        tercet.worker = link.worker().as_str(),
+        tercet.resumed_tokens = Empty,
+    );
+    if let Some(resume) = &spec.resume {
+        span.record("tercet.resumed_tokens", resume.token_ids.len());
+    }
+    span
+}
+
+/// Records how a completion ended.
+pub(crate) fn record_finished(span: &Span, finished: &v1::Finished) {
+    let usage = finished.usage.unwrap_or_default();
+    span.record("gen_ai.usage.input_tokens", usage.prompt_tokens);
+    span.record("gen_ai.usage.output_tokens", usage.completion_tokens);
+    span.record("gen_ai.response.finish_reasons", finish_reason(finished.reason()));
+    span.record("rpc.response.status_code", code_name(Code::Ok));
+}
+
+/// Records the status that a call by a client ended with.
+pub(crate) fn record_answered(span: &Span, status: &Status) {
+    span.record("rpc.response.status_code", code_name(status.code()));
+    // What the caller got wrong, and overload, are no errors of a server.
+    if is_server_error(status.code()) {
+        span.record("otel.status_code", "ERROR");
+        span.record("error.type", error_type(status));
+    }
+}
+
+/// Records the status that a call to a worker ended with.
+pub(crate) fn record_received(span: &Span, status: &Status) {
+    span.record("rpc.response.status_code", code_name(status.code()));
+    span.record("otel.status_code", "ERROR");
+    span.record("error.type", error_type(status));
+}
+
+/// Returns the most telling name of a failure: its reason, else its code.
+pub(crate) fn error_type(status: &Status) -> &'static str {
+    Reason::of(status).map_or_else(|| code_name(status.code()), Reason::as_str)
+}
+
+fn is_server_error(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Unknown
+            | Code::DeadlineExceeded
+            | Code::Unimplemented
+            | Code::Internal
+            | Code::Unavailable
+            | Code::DataLoss
+    )
+}
+
+fn finish_reason(reason: v1::FinishReason) -> &'static str {
+    match reason {
+        v1::FinishReason::Unspecified => "unspecified",
+        v1::FinishReason::Eos | v1::FinishReason::StopString => "stop",
+        v1::FinishReason::MaxTokens | v1::FinishReason::Context => "length",
+    }
+}
+
+fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}
+
+/// Splits `host:port`; an address without a port has none.
+fn split_address(address: &str) -> (&str, Option<u16>) {
+    match address.rsplit_once(':') {
+        Some((host, port)) => (host, port.parse().ok()),
+        None => (address, None),
+    }
+}

@@ -1,1 +1,7 @@
-fn main(){}
+//! Behaviour across crates, on real processes and real parts; `tests/run` runs all of it.
+//!
+//! A module is a file beside this one. What several of them need is in the support library, `src/`.
+
+mod architecture;
+mod chart;
+mod wire;

@@ -1,0 +1,176 @@
+//! Running programs: to their end, or beside the test.
+
+use std::{
+    io::{BufRead as _, BufReader, Read},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{
+        Arc, Mutex,
+        mpsc::{self, Receiver, RecvTimeoutError},
+    },
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use tokio::time::Instant;
+
+/// How long a test waits for anything: far longer than a loaded machine needs.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Runs a command to its end and returns its standard output.
+///
+/// # Errors
+///
+/// Returns an error that carries all of its output if it cannot run or does not succeed.
+pub fn run(command: &mut Command) -> Result<String> {
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("run {:?}", command.get_program()))?;
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    if !output.status.success() {
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        bail!("{command:?}: {}\n{stdout}{stderr}", output.status);
+    }
+    Ok(stdout)
+}
+
+/// A program that runs beside the test, killed when dropped.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+    lines: Receiver<String>,
+    /// Everything said so far on both streams, for messages.
+    said: Arc<Mutex<String>>,
+}
+
+impl Process {
+    /// Starts a program; the name is for messages.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if it cannot be started.
+    pub fn start(name: &str, command: &mut Command) -> Result<Self> {
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("start {command:?}"))?;
+        let said = Arc::new(Mutex::new(String::new()));
+        let (sender, lines) = mpsc::channel();
+        let stdout = child.stdout.take().expect("standard output is piped");
+        let stderr = child.stderr.take().expect("standard error is piped");
+        follow(stdout, Arc::clone(&said), move |line| {
+            // A test that is over listens no more, and the program may still speak.
+            _ = sender.send(line);
+        });
+        follow(stderr, Arc::clone(&said), |_| ());
+        Ok(Self { name: name.to_owned(), child, lines, said })
+    }
+
+    /// Waits for a line of standard output, and returns what `find` makes of it. Earlier lines are
+    /// consumed.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the program ends, or [`PATIENCE`] does, before such a line comes.
+    pub fn line<T>(&mut self, what: &str, find: impl Fn(&str) -> Option<T>) -> Result<T> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) => {
+                    if let Some(found) = find(&line) {
+                        return Ok(found);
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    bail!("{}: no {what} within {PATIENCE:?}\n{}", self.name, self.said());
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    let status = self.child.wait()?;
+                    bail!("{}: no {what} before it ended, {status}\n{}", self.name, self.said());
+                }
+            }
+        }
+    }
+
+    /// Returns the id of the process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Returns everything that it said so far.
+    pub fn said(&self) -> String {
+        self.said.lock().map_or_else(|broken| broken.into_inner().clone(), |said| said.clone())
+    }
+
+    /// Kills it without notice, like `kill -9`, and returns when it is gone.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the system refuses.
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill().with_context(|| format!("kill {}", self.name))?;
+        self.child.wait().with_context(|| format!("wait for {}", self.name))?;
+        Ok(())
+    }
+
+    /// Sends a signal by its name, like `TERM`.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the system refuses.
+    pub fn signal(&self, signal: &str) -> Result<()> {
+        run(Command::new("kill").arg(format!("-{signal}")).arg(self.id().to_string()))?;
+        Ok(())
+    }
+
+    /// Waits until the program ends by itself.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if it still runs after [`PATIENCE`].
+    pub fn wait(&mut self) -> Result<ExitStatus> {
+        let deadline = Instant::now() + PATIENCE;
+        // Its standard output closes when it ends.
+        loop {
+            match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(_) => (),
+                Err(RecvTimeoutError::Disconnected) => return Ok(self.child.wait()?),
+                Err(RecvTimeoutError::Timeout) => {
+                    bail!("{}: still runs after {PATIENCE:?}\n{}", self.name, self.said());
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Fails only for a process that is gone already.
+        _ = self.child.kill();
+        _ = self.child.wait();
+    }
+}
+
+/// Hands on the lines of a stream, on a thread that ends with it.
+fn follow(
+    stream: impl Read + Send + 'static,
+    said: Arc<Mutex<String>>,
+    mut each: impl FnMut(String) + Send + 'static,
+) {
+    thread::spawn(move || {
+        let mut stream = BufReader::new(stream);
+        let mut line = Vec::new();
+        while stream.read_until(b'\n', &mut line).is_ok_and(|length| length > 0) {
+            let text = String::from_utf8_lossy(&line);
+            if let Ok(mut said) = said.lock() {
+                said.push_str(&text);
+            }
+            each(text.trim_end().to_owned());
+            line.clear();
+        }
+    });
+}

@@ -1,0 +1,102 @@
+//! The wire contract in `proto/`, by the real buf.
+
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+use tercet_tests::{run, tool, workspace};
+
+#[test]
+fn protos_lint() -> Result<()> {
+    let Some(buf) = tool("buf") else { return Ok(()) };
+    run(Command::new(buf).arg("lint").current_dir(workspace().join("proto")))?;
+    Ok(())
+}
+
+/// Clients and scripts in the field spell these; renaming one breaks them without a word.
+#[test]
+fn public_spellings_hold() -> Result<()> {
+    let Some(buf) = tool("buf") else { return Ok(()) };
+    let mut build = Command::new(buf);
+    build.args(["build", "--as-file-descriptor-set", "--output", "-#format=json"]);
+    let image = run(build.current_dir(workspace().join("proto")))?;
+    let image: Value = serde_json::from_str(&image)?;
+    let file = list(&image, "file")
+        .iter()
+        .find(|file| file["name"] == "tercet/v1/inference.proto")
+        .context("no tercet/v1/inference.proto")?;
+    assert_eq!(file["package"], "tercet.v1");
+
+    let service = &list(file, "service")[0];
+    assert_eq!(service["name"], "Inference");
+    let methods: Vec<_> = list(service, "method").iter().map(|method| &method["name"]).collect();
+    for name in ["Generate", "Tokenize", "Score", "ListModels"] {
+        ensure!(methods.iter().any(|method| *method == name), "no method {name}: {methods:?}");
+    }
+
+    let generate = list(service, "method").iter().find(|method| method["name"] == "Generate");
+    let generate = generate.context("no method Generate")?;
+    assert_eq!(generate["serverStreaming"], true);
+    let reaches = |from: &str, paths: &[&str]| -> Result<()> {
+        for path in paths {
+            walk(file, from, path).with_context(|| format!("{from}: {path}"))?;
+        }
+        Ok(())
+    };
+    reaches(
+        ".tercet.v1.GenerateRequest",
+        &[
+            "model",
+            "prompt",
+            "tokens.ids",
+            "chat.messages.role",
+            "chat.messages.content",
+            "sampling.temperature",
+            "sampling.top_k",
+            "sampling.top_p",
+            "sampling.seed",
+            "stop.max_tokens",
+            "stop.strings",
+            "stop.ignore_eos",
+            "resume.seed",
+            "resume.token_ids",
+        ],
+    )?;
+    reaches(
+        ".tercet.v1.GenerateResponse",
+        &[
+            "started.model",
+            "started.seed",
+            "started.prompt_tokens",
+            "delta.index",
+            "delta.token_ids",
+            "delta.text",
+            "finished.reason",
+            "finished.usage",
+        ],
+    )?;
+    reaches(".tercet.v1.TokenizeRequest", &["model", "text"])?;
+    reaches(".tercet.v1.TokenizeResponse", &["tokens.ids"])?;
+    reaches(".tercet.v1.ScoreRequest", &["model", "tokens.ids"])?;
+    reaches(".tercet.v1.ScoreResponse", &["logprobs", "top_ids"])
+}
+
+/// Follows a path of fields through the messages of a file.
+fn walk(file: &Value, message: &str, path: &str) -> Result<()> {
+    let mut message = message.to_owned();
+    for name in path.split('.') {
+        let fields = list(file, "messageType")
+            .iter()
+            .find(|found| message == format!(".tercet.v1.{}", found["name"].as_str().unwrap_or("")))
+            .map(|found| list(found, "field"))
+            .with_context(|| format!("no message {message}"))?;
+        let field = fields.iter().find(|field| field["name"] == name);
+        let field = field.with_context(|| format!("no field {name} in {message}"))?;
+        message = field["typeName"].as_str().unwrap_or("a scalar").to_owned();
+    }
+    Ok(())
+}
+
+fn list<'a>(value: &'a Value, key: &str) -> &'a [Value] {
+    value[key].as_array().map_or(&[], Vec::as_slice)
+}

@@ -1,8 +1,8 @@
 //! Loads and stores whose length the type proves.
 
 use std::arch::x86_64::{
-    __m128i, __m256, __m256i, _mm_loadu_si128, _mm256_loadu_ps, _mm256_loadu_si256,
-    _mm256_storeu_ps, _mm256_storeu_si256,
+    __m128i, __m256, __m256i, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm256_loadu_ps,
+    _mm256_loadu_si256, _mm256_storeu_ps, _mm256_storeu_si256,
 };
 
 #[inline]
@@ -45,4 +45,14 @@ pub(super) fn load_half(x: &[u8; 16]) -> __m128i {
 pub(super) fn store_ints(x: &mut [i32; 8], value: __m256i) {
     // SAFETY: the reference is valid for 32 bytes; the store needs no alignment.
     unsafe { _mm256_storeu_si256(x.as_mut_ptr().cast(), value) }
+}
+
+/// Asks for the cache line `offset` bytes after the start of `bytes`, which may lie behind the end.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
+pub(super) fn prefetch(bytes: &[u8], offset: usize) {
+    let line = bytes.as_ptr().wrapping_add(offset);
+    // SAFETY: a prefetch reads nothing the program can see and does not fault, whatever the
+    // address.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
 }

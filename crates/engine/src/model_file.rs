@@ -1,0 +1,207 @@
+//! Model files: Hugging Face folders and GGUF, opened, loaded by layer range, converted, made up.
+//!
+//! ```text
+//! folder: config.json, *.safetensors, tokenizer.json ... --+
+//!                                                          +--> ModelFile --load(A..B)--> weights
+//! GGUF: metadata, tensors -------------------------------- +
+//! ```
+//!
+//! Opening reads headers only; every count, offset, length and dimension is checked against the
+//! file before it is used, and every tensor the configuration needs is found, with its type and
+//! shape. [`ModelFile::load`] then touches the bytes of the layers asked for and checks the values
+//! that could make the engine wrong: scales, norms and ternary codes.
+
+mod config;
+pub mod convert;
+mod digest;
+mod error;
+mod folder;
+mod gguf;
+mod mapping;
+mod output;
+mod summary;
+pub mod synth;
+mod tensors;
+mod ternary;
+mod tokenizer;
+mod weights;
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use tercet_text::{SpecialTokens, TokenizerSource};
+
+pub use self::{
+    config::{Architecture, GenerationDefaults, ModelConfig},
+    digest::identity,
+    error::ModelError,
+    output::Progress,
+    summary::{Summary, TensorSummary},
+    weights::{HeadWeights, LayerWeights, StageWeights},
+};
+
+use folder::json::Json;
+use folder::model::FolderModel;
+use folder::shards::Shards;
+use folder::{FolderConfig, Quantization};
+use gguf::Gguf;
+use gguf::model::GgufModel;
+use mapping::FileBytes;
+use tensors::Tensors;
+use tokenizer::TextParts;
+
+/// File formats a model can be in.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum ModelFormat {
+    /// A Hugging Face folder with packed ternary weights.
+    FolderPacked,
+    /// A Hugging Face folder with training weights, quantised at load.
+    FolderMaster,
+    /// A GGUF file with I2_S weights.
+    Gguf,
+}
+
+/// An opened model: everything but its weights is in memory.
+#[derive(Debug)]
+pub struct ModelFile {
+    /// The model's shape.
+    pub config: ModelConfig,
+    /// Where its tokenizer is.
+    pub tokenizer: TokenizerSource,
+    /// Ids that begin and end text.
+    pub special: SpecialTokens,
+    /// The Jinja template of its chat format, if it has one.
+    pub chat_template: Option<String>,
+    /// Sampling settings its authors recommend.
+    pub generation: GenerationDefaults,
+    /// A label; not part of the model's identity.
+    pub name: String,
+    /// The format it was read from.
+    pub format: ModelFormat,
+    tensors: Tensors,
+}
+
+impl ModelFile {
+    /// Opens a GGUF file or a Hugging Face folder, reading headers only.
+    ///
+    /// # Errors
+    /// If the path is no model, the model is damaged, or this version does not run it.
+    pub fn open(path: &Path) -> Result<Self, ModelError> {
+        let file_name = |path: &Path| {
+            path.file_name()
+                .map_or_else(|| "model".to_owned(), |n| n.to_string_lossy().into_owned())
+        };
+        if path.is_dir() {
+            // "." has no name of its own.
+            let name = file_name(&path.canonicalize().unwrap_or_else(|_| path.to_owned()));
+            return Self::open_folder(path, name);
+        }
+        let file = FileBytes::map(path)?;
+        let name = path.file_stem().map_or_else(|| file_name(path), |n| n.to_string_lossy().into());
+        Self::open_gguf(file, Some(name), None)
+    }
+
+    /// Opens a GGUF file that is part of the program.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn from_static(bytes: &'static [u8], name: &str) -> Result<Self, ModelError> {
+        Self::open_gguf(FileBytes::new(name, Arc::new(bytes)), None, Some(name.to_owned()))
+    }
+
+    /// `name`, else the file's own name for itself, else `fallback`.
+    fn open_gguf(
+        file: FileBytes,
+        fallback: Option<String>,
+        name: Option<String>,
+    ) -> Result<Self, ModelError> {
+        let model = GgufModel::new(Gguf::parse(file)?)?;
+        let gguf = model.gguf();
+        let own = gguf.value("general.name").and_then(|name| name.as_str()).map(str::to_owned);
+        let name = name.or(own).or(fallback).unwrap_or_default();
+        let config = model.config()?;
+        let tensors = Tensors::find(&model, &config)?;
+        gguf.check_layout()?;
+        let text = TextParts::from_gguf(gguf)?;
+        text.check(gguf.file().label(), config.vocab)?;
+        let generation = model.generation()?;
+        Ok(Self::assemble(ModelFormat::Gguf, name, config, text, generation, tensors))
+    }
+
+    fn open_folder(path: &Path, name: String) -> Result<Self, ModelError> {
+        let label = path.display().to_string();
+        if !folder::is_model(path) {
+            let found = "the folder has no config.json".to_owned();
+            return Err(ModelError::NotAModel { file: label, found });
+        }
+        let json = Json::read(&path.join("config.json"))?;
+        folder::check_architecture(&json)?;
+        let shards = Shards::open(path)?;
+        let has_head = shards.get("lm_head.weight").is_some();
+        let FolderConfig { config, quantization } = FolderConfig::read(&json, has_head)?;
+        let source = FolderModel { shards, quantization };
+        let tensors = Tensors::find(&source, &config)?;
+        let generation = Json::read_optional(&path.join("generation_config.json"))?;
+        let text = TextParts::from_folder(path, &json, generation.as_ref())?;
+        text.check(&label, config.vocab)?;
+        let generation = folder::generation(generation.as_ref())?;
+        let format = match quantization {
+            Quantization::Packed(_) => ModelFormat::FolderPacked,
+            Quantization::Master => ModelFormat::FolderMaster,
+        };
+        Ok(Self::assemble(format, name, config, text, generation, tensors))
+    }
+
+    fn assemble(
+        format: ModelFormat,
+        name: String,
+        config: ModelConfig,
+        text: TextParts,
+        generation: GenerationDefaults,
+        tensors: Tensors,
+    ) -> Self {
+        let TextParts { tokenizer, special, chat_template } = text;
+        Self { config, tokenizer, special, chat_template, generation, name, format, tensors }
+    }
+
+    /// Loads a range of layers: the embedding too if it starts the model, the head if it ends it.
+    ///
+    /// Only the bytes of that range are touched. Ternary rows of whole 128-weight blocks and dense
+    /// matrices stay where they are in the mapped file.
+    ///
+    /// # Errors
+    /// If the range is not part of the model, or its values are damaged.
+    pub fn load(&self, layers: Range<usize>) -> Result<StageWeights, ModelError> {
+        let total = self.config.layers;
+        if layers.is_empty() || layers.end > total {
+            let Range { start, end } = layers;
+            return Err(ModelError::Layers { start, end, layers: total });
+        }
+        let (first, last) = (layers.start == 0, layers.end == total);
+        let embed_is_head = last && self.tensors.head.is_none();
+        let embed =
+            (first || embed_is_head).then(|| self.tensors.embed.read_dense()).transpose()?;
+        let mut loaded = Vec::with_capacity(layers.len());
+        for layer in &self.tensors.layers[layers.clone()] {
+            loaded.push(layer.load()?);
+        }
+        let head = if last {
+            let norm = self.tensors.norm.read_vector()?;
+            let matrix = match (&self.tensors.head, &embed) {
+                (Some(head), _) => head.read_dense()?,
+                (None, Some(embed)) => Arc::clone(embed),
+                (None, None) => self.tensors.embed.read_dense()?,
+            };
+            Some(HeadWeights { norm, matrix })
+        } else {
+            None
+        };
+        Ok(StageWeights { range: layers, embed: embed.filter(|_| first), layers: loaded, head })
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,291 @@
+//! What makes two models the same: digests that do not depend on the file layout.
+//!
+//! ```text
+//! identity = blake3(header digest, part digests: embed, layer.0, layer.1, .., head)
+//! part     = blake3(tensor digests, in the order of the forward pass)
+//! ternary  = blake3(rows, columns, scale, weights packed as in memory)
+//! dense    = blake3(rows, columns, digests of 4096 rows of f32 values each)
+//! ```
+
+use std::sync::Arc;
+
+use blake3::Hasher;
+use rayon::prelude::*;
+use tercet_kernels::{DenseMatrix, Kernels, NUMERICS, TernaryMatrix};
+use tercet_text::{TokenType, TokenizerSource, Vocabulary};
+
+use super::tokenizer::derive;
+use super::weights::{HeadWeights, LayerWeights, StageWeights};
+use super::{GenerationDefaults, ModelConfig, ModelFile};
+
+/// Rows of a dense matrix hashed together, so that threads can share one matrix.
+const DENSE_CHUNK: usize = 4096;
+
+/// A digest.
+type Digest = [u8; 32];
+
+/// Hashes fields with their lengths, so that no two sequences of fields look alike.
+struct Fields(Hasher);
+
+impl Fields {
+    /// Starts a digest of one kind of thing.
+    fn new(kind: &str) -> Self {
+        let mut fields = Self(Hasher::new());
+        fields.bytes(kind.as_bytes());
+        fields
+    }
+
+    fn bytes(&mut self, bytes: &[u8]) {
+        self.number(bytes.len() as u64);
+        self.0.update(bytes);
+    }
+
+    fn number(&mut self, number: u64) {
+        self.0.update(&number.to_le_bytes());
+    }
+
+    fn size(&mut self, size: usize) {
+        self.number(size as u64);
+    }
+
+    fn float(&mut self, value: f32) {
+        self.number(value.to_bits().into());
+    }
+
+    fn texts(&mut self, texts: &[String]) {
+        self.size(texts.len());
+        for text in texts {
+            self.bytes(text.as_bytes());
+        }
+    }
+
+    fn finish(&self) -> Digest {
+        self.0.finalize().into()
+    }
+}
+
+impl ModelFile {
+    /// Returns the digest of everything but the weights that decides an answer: the shape, the
+    /// tokenizer, special ids, chat template, sampling settings, and the version of the
+    /// arithmetic.
+    ///
+    /// It is equal for every file layout of the same model: a `tokenizer.json` that GGUF keys can
+    /// express counts as those keys. The model's name is a label and does not enter.
+    pub fn header_digest(&self) -> [u8; 32] {
+        let mut fields = Fields::new("tercet model header 1");
+        fields.number(NUMERICS.into());
+        hash_config(&mut fields, &self.config);
+        hash_tokenizer(&mut fields, &self.tokenizer);
+        fields.number(self.special.bos.map_or(0, |id| u64::from(id) + 1));
+        fields.number(self.special.add_bos.into());
+        fields.size(self.special.eos.len());
+        for id in &self.special.eos {
+            fields.number((*id).into());
+        }
+        fields.number(self.chat_template.is_some().into());
+        fields.bytes(self.chat_template.as_deref().unwrap_or_default().as_bytes());
+        let GenerationDefaults { temperature, top_k, top_p } = self.generation;
+        fields.float(temperature);
+        fields.number(top_k.into());
+        fields.float(top_p);
+        fields.finish()
+    }
+}
+
+fn hash_config(fields: &mut Fields, config: &ModelConfig) {
+    // Destructured so that a new field cannot be forgotten.
+    let ModelConfig {
+        architecture,
+        hidden,
+        intermediate,
+        layers,
+        heads,
+        kv_heads,
+        head_dim,
+        vocab,
+        context,
+        rope_theta,
+        rms_eps,
+        tied_head,
+    } = config;
+    fields.bytes(architecture.to_string().as_bytes());
+    for size in [hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, context] {
+        fields.size(*size);
+    }
+    fields.float(*rope_theta);
+    fields.float(*rms_eps);
+    fields.number((*tied_head).into());
+}
+
+fn hash_tokenizer(fields: &mut Fields, tokenizer: &TokenizerSource) {
+    let derived;
+    let vocabulary = match tokenizer {
+        TokenizerSource::Vocabulary(vocabulary) => vocabulary,
+        TokenizerSource::Json(json) => match derive::vocabulary(json) {
+            Some(vocabulary) => {
+                derived = vocabulary;
+                &derived
+            }
+            None => {
+                fields.bytes(b"json");
+                fields.bytes(json.as_bytes());
+                return;
+            }
+        },
+    };
+    fields.bytes(b"vocabulary");
+    let Vocabulary { model, pre, tokens, token_types, merges, scores } = vocabulary;
+    fields.bytes(model.as_bytes());
+    // Names of one and the same rule.
+    let pre = match pre.as_str() {
+        "llama3" | "llama-v3" | "falcon3" => "llama-bpe",
+        "" => "default",
+        other => other,
+    };
+    fields.bytes(pre.as_bytes());
+    // Some converters fill the rows without a token, others end the list before them.
+    let kind = |id: usize| token_types.get(id).copied().unwrap_or_default();
+    let used = (0..tokens.len()).rfind(|id| kind(*id) != TokenType::Unused).map_or(0, |id| id + 1);
+    fields.size(used);
+    for (id, token) in tokens.iter().enumerate().take(used) {
+        fields.number(u64::from(kind(id).to_gguf().unsigned_abs()));
+        fields.bytes(token.as_bytes());
+    }
+    fields.texts(merges);
+    fields.size(scores.len());
+    for score in scores {
+        fields.float(*score);
+    }
+}
+
+impl StageWeights {
+    /// Returns the digests of the parts held: `embed`, `layer.N`, `head`.
+    ///
+    /// They are equal for every file layout of the same values. The work is spread over the
+    /// current rayon pool and reads every weight once.
+    pub fn part_digests(&self) -> Vec<(String, [u8; 32])> {
+        let embed_matrix = self.embed.as_deref().map(dense);
+        let mut parts = Vec::with_capacity(self.layers.len() + 2);
+        parts.extend(embed_matrix.map(|digest| ("embed".to_owned(), digest)));
+        let layers: Vec<Digest> = self.layers.par_iter().map(layer).collect();
+        parts.extend(self.range.clone().map(|n| format!("layer.{n}")).zip(layers));
+        if let Some(HeadWeights { norm, matrix }) = &self.head {
+            let shared = self.embed.as_ref().filter(|embed| Arc::ptr_eq(embed, matrix));
+            let matrix = shared.and(embed_matrix).unwrap_or_else(|| dense(matrix));
+            parts.push(("head".to_owned(), part([vector(norm), matrix])));
+        }
+        parts
+    }
+}
+
+/// Returns the identity of a model from its header digest and the digests of all its parts, in
+/// hexadecimal.
+///
+/// The order of `parts` does not matter, and parts named twice with equal digests count once, so
+/// the lists of a pipeline's stages may simply be joined.
+pub fn identity(header: &[u8; 32], parts: &[(String, [u8; 32])]) -> String {
+    let mut ordered: Vec<_> =
+        parts.iter().map(|(name, digest)| (part_order(name), name, digest)).collect();
+    ordered.sort_unstable();
+    ordered.dedup();
+    let mut fields = Fields::new("tercet model identity 1");
+    fields.bytes(header);
+    for (_, name, digest) in ordered {
+        fields.bytes(name.as_bytes());
+        fields.bytes(digest);
+    }
+    blake3::Hash::from_bytes(fields.finish()).to_hex().to_string()
+}
+
+/// Returns the place of a part in the forward pass.
+fn part_order(name: &str) -> (u8, u64) {
+    match name.strip_prefix("layer.").map(str::parse) {
+        Some(Ok(layer)) => (1, layer),
+        _ if name == "embed" => (0, 0),
+        _ => (2, 0),
+    }
+}
+
+fn part<const N: usize>(tensors: [Digest; N]) -> Digest {
+    let mut fields = Fields::new("part");
+    for digest in tensors {
+        fields.bytes(&digest);
+    }
+    fields.finish()
+}
+
+fn layer(layer: &LayerWeights) -> Digest {
+    let LayerWeights {
+        attn_norm,
+        q,
+        k,
+        v,
+        attn_sub_norm,
+        o,
+        ffn_norm,
+        gate,
+        up,
+        ffn_sub_norm,
+        down,
+    } = layer;
+    part([
+        vector(attn_norm),
+        ternary(q),
+        ternary(k),
+        ternary(v),
+        vector(attn_sub_norm),
+        ternary(o),
+        vector(ffn_norm),
+        ternary(gate),
+        ternary(up),
+        vector(ffn_sub_norm),
+        ternary(down),
+    ])
+}
+
+fn vector(values: &[f32]) -> Digest {
+    let mut fields = Fields::new("vector");
+    fields.size(values.len());
+    for value in values {
+        fields.0.update(&value.to_le_bytes());
+    }
+    fields.finish()
+}
+
+fn ternary(matrix: &TernaryMatrix) -> Digest {
+    let mut fields = Fields::new("ternary");
+    fields.size(matrix.rows());
+    fields.size(matrix.cols());
+    fields.float(matrix.scale());
+    fields.bytes(matrix.packed());
+    fields.finish()
+}
+
+fn dense(matrix: &DenseMatrix) -> Digest {
+    let (rows, cols) = (matrix.rows(), matrix.cols());
+    let kernels = Kernels::detect();
+    let chunks: Vec<usize> = (0..rows).step_by(DENSE_CHUNK).collect();
+    let digests: Vec<Digest> = chunks
+        .into_par_iter()
+        .map(|start| {
+            let mut hasher = Hasher::new();
+            let mut values = vec![0.0_f32; cols];
+            let mut bytes = vec![0_u8; cols * 4];
+            for row in start..rows.min(start + DENSE_CHUNK) {
+                kernels.dense_row(matrix, row, &mut values);
+                for (bytes, value) in bytes.chunks_exact_mut(4).zip(&values) {
+                    bytes.copy_from_slice(&value.to_le_bytes());
+                }
+                hasher.update(&bytes);
+            }
+            hasher.finalize().into()
+        })
+        .collect();
+    let mut fields = Fields::new("dense");
+    fields.size(rows);
+    fields.size(cols);
+    for digest in digests {
+        fields.bytes(&digest);
+    }
+    fields.finish()
+}

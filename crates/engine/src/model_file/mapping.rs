@@ -1,0 +1,77 @@
+//! The bytes of one model file, mapped or embedded. The only unsafe code of this crate.
+
+#![expect(unsafe_code, reason = "mapping a file into memory has no safe interface")]
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use memmap2::Mmap;
+use tercet_kernels::WeightBytes;
+
+use super::error::ModelError;
+
+/// An owner of bytes that never change and never move.
+type Owner = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+/// The bytes of one file; clones share them.
+#[derive(Clone)]
+pub(crate) struct FileBytes {
+    label: Arc<str>,
+    owner: Owner,
+}
+
+impl FileBytes {
+    /// Maps the file at `path` read-only.
+    ///
+    /// The file must not be truncated or rewritten in place while the model is in use; replacing
+    /// it by rename, as this crate's own writers do, is safe.
+    pub(crate) fn map(path: &Path) -> Result<Self, ModelError> {
+        let io = |action| move |source| ModelError::Io { action, path: path.to_owned(), source };
+        let file = File::open(path).map_err(io("open"))?;
+        let length = file.metadata().map_err(io("stat"))?.len();
+        // An empty mapping is an error on some systems; an empty file gets its own message later.
+        if length == 0 {
+            return Ok(Self::new(path.display().to_string(), Arc::new([])));
+        }
+        // SAFETY: the mapping is private and read-only, and nothing in this process writes to the
+        // file. Another process that truncates it could raise SIGBUS, as with every mapped file;
+        // model files are replaced by rename, never in place.
+        let map = unsafe { Mmap::map(&file) }.map_err(io("map"))?;
+        Ok(Self::new(path.display().to_string(), Arc::new(map)))
+    }
+
+    /// Wraps bytes that are in memory already.
+    pub(crate) fn new(label: impl Into<Arc<str>>, owner: Owner) -> Self {
+        Self { label: label.into(), owner }
+    }
+
+    /// Returns the name used in messages.
+    pub(crate) fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// Returns all bytes.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        (*self.owner).as_ref()
+    }
+
+    /// Returns weight bytes that borrow `range` of the file and keep the file alive.
+    ///
+    /// # Panics
+    /// If the range does not lie inside the file; ranges are checked when headers are read.
+    pub(crate) fn share(&self, range: Range<usize>) -> WeightBytes {
+        WeightBytes::shared(Arc::clone(&self.owner), range)
+            .expect("tensor ranges were checked against the file's length")
+    }
+}
+
+impl std::fmt::Debug for FileBytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FileBytes")
+            .field("label", &self.label)
+            .field("len", &self.bytes().len())
+            .finish()
+    }
+}

@@ -1,0 +1,306 @@
+//! Shapes and storage types by name.
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::{Fill, SynthTensor};
+use crate::model_file::config::{Architecture, ModelConfig};
+use crate::model_file::gguf::types;
+use crate::model_file::tensors::Part;
+
+/// A name that stands for nothing here.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("unknown {kind} `{found}`, expected one of {expected}")]
+pub struct UnknownName {
+    /// What was being named.
+    pub kind: &'static str,
+    /// The name given.
+    pub found: String,
+    /// All names, comma-separated.
+    pub expected: String,
+}
+
+/// Finds a value by the name it displays as.
+fn parse<T: Copy + fmt::Display>(
+    kind: &'static str,
+    all: &[T],
+    found: &str,
+) -> Result<T, UnknownName> {
+    let value = all.iter().find(|value| value.to_string() == found);
+    value.copied().ok_or_else(|| UnknownName {
+        kind,
+        found: found.to_owned(),
+        expected: all.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+    })
+}
+
+/// Shapes of known models.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[non_exhaustive]
+pub enum Shape {
+    /// A BitNet of 124 million weights, for quick trials.
+    Small125M,
+    /// microsoft/bitnet-b1.58-2B-4T.
+    BitNet2B4T,
+    /// Llama 3 8B.
+    Llama3B8,
+    /// Ternary Bonsai 4B, a Qwen 3.
+    BonsaiB4,
+    /// Llama 3 70B.
+    B70,
+    /// A Llama of 100 billion weights.
+    B100,
+    /// Llama 3.1 405B.
+    B405,
+}
+
+impl Shape {
+    /// All shapes, smallest first.
+    pub const ALL: [Self; 7] = [
+        Self::Small125M,
+        Self::BitNet2B4T,
+        Self::BonsaiB4,
+        Self::Llama3B8,
+        Self::B70,
+        Self::B100,
+        Self::B405,
+    ];
+
+    /// Returns the sizes.
+    pub(super) fn sizes(self) -> Sizes {
+        let sizes = |family, numbers: [usize; 8]| {
+            let [hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, context] = numbers;
+            let config = ModelConfig {
+                architecture: Architecture::BitNet,
+                hidden,
+                intermediate,
+                layers,
+                heads,
+                kv_heads,
+                head_dim,
+                vocab,
+                context,
+                rope_theta: if family == Family::Qwen3 { 1_000_000.0 } else { 500_000.0 },
+                rms_eps: if family == Family::Qwen3 { 1e-6 } else { 1e-5 },
+                tied_head: family != Family::Llama,
+            };
+            Sizes { family, config }
+        };
+        match self {
+            Self::Small125M => sizes(Family::BitNet, [768, 2048, 12, 12, 12, 64, 50_304, 2048]),
+            Self::BitNet2B4T => sizes(Family::BitNet, [2560, 6912, 30, 20, 5, 128, 128_256, 4096]),
+            Self::BonsaiB4 => sizes(Family::Qwen3, [2560, 9728, 36, 32, 8, 128, 151_936, 32_768]),
+            Self::Llama3B8 => sizes(Family::Llama, [4096, 14_336, 32, 32, 8, 128, 128_256, 8192]),
+            Self::B70 => sizes(Family::Llama, [8192, 28_672, 80, 64, 8, 128, 128_256, 8192]),
+            Self::B100 => sizes(Family::Llama, [10_240, 28_672, 88, 80, 8, 128, 128_256, 8192]),
+            Self::B405 => sizes(Family::Llama, [16_384, 53_248, 126, 128, 8, 128, 128_256, 8192]),
+        }
+    }
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Small125M => "125m",
+            Self::BitNet2B4T => "bitnet-2b-4t",
+            Self::BonsaiB4 => "bonsai-4b",
+            Self::Llama3B8 => "llama3-8b",
+            Self::B70 => "70b",
+            Self::B100 => "100b",
+            Self::B405 => "405b",
+        })
+    }
+}
+
+impl FromStr for Shape {
+    type Err = UnknownName;
+
+    fn from_str(name: &str) -> Result<Self, UnknownName> {
+        parse("shape", &Self::ALL, name)
+    }
+}
+
+/// Storage of ternary matrices.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[non_exhaustive]
+pub enum TernaryType {
+    /// bitnet.cpp's: 2 bits a weight, one scale a matrix.
+    I2S,
+    /// llama.cpp's: five weights in 8 bits, one scale for 256.
+    Tq1_0,
+    /// llama.cpp's: 2 bits a weight, one scale for 256.
+    Tq2_0,
+    /// llama.cpp's: 2 bits a weight, one scale for 64.
+    Q2_0,
+}
+
+impl TernaryType {
+    /// All types.
+    pub const ALL: [Self; 4] = [Self::I2S, Self::Tq1_0, Self::Tq2_0, Self::Q2_0];
+
+    /// Returns the type number of tensors.
+    pub(super) fn number(self) -> u32 {
+        match self {
+            Self::I2S => types::I2_S,
+            Self::Tq1_0 => types::TQ1_0,
+            Self::Tq2_0 => types::TQ2_0,
+            Self::Q2_0 => types::Q2_0,
+        }
+    }
+
+    /// Returns `general.file_type`: bitnet.cpp's number for I2_S, llama.cpp's for the others.
+    pub(super) fn file_type(self) -> u32 {
+        match self {
+            Self::I2S => 40,
+            Self::Tq1_0 => 36,
+            Self::Tq2_0 => 37,
+            Self::Q2_0 => 41,
+        }
+    }
+}
+
+impl fmt::Display for TernaryType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::I2S => "i2_s",
+            Self::Tq1_0 => "tq1_0",
+            Self::Tq2_0 => "tq2_0",
+            Self::Q2_0 => "q2_0",
+        })
+    }
+}
+
+impl FromStr for TernaryType {
+    type Err = UnknownName;
+
+    fn from_str(name: &str) -> Result<Self, UnknownName> {
+        parse("ternary type", &Self::ALL, name)
+    }
+}
+
+/// Storage of the embedding and the head.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[non_exhaustive]
+pub enum HeadType {
+    /// 16 bits a weight.
+    F16,
+    /// 8.5 bits a weight.
+    Q8_0,
+    /// 6.6 bits a weight.
+    Q6K,
+}
+
+impl HeadType {
+    /// All types.
+    pub const ALL: [Self; 3] = [Self::F16, Self::Q8_0, Self::Q6K];
+
+    /// Returns the type number of tensors.
+    pub(super) fn number(self) -> u32 {
+        match self {
+            Self::F16 => types::F16,
+            Self::Q8_0 => types::Q8_0,
+            Self::Q6K => types::Q6_K,
+        }
+    }
+}
+
+impl fmt::Display for HeadType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F16 => "f16",
+            Self::Q8_0 => "q8_0",
+            Self::Q6K => "q6_k",
+        })
+    }
+}
+
+impl FromStr for HeadType {
+    type Err = UnknownName;
+
+    fn from_str(name: &str) -> Result<Self, UnknownName> {
+        parse("head type", &Self::ALL, name)
+    }
+}
+
+/// Families with their own set of tensors.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Family {
+    BitNet,
+    Llama,
+    Qwen3,
+}
+
+/// A family and the numbers of a shape; the architecture inside `config` says nothing here.
+#[derive(Clone, Debug)]
+pub(super) struct Sizes {
+    pub(super) family: Family,
+    pub(super) config: ModelConfig,
+}
+
+impl Sizes {
+    /// Returns the tensors in the order of the forward pass.
+    pub(super) fn tensors(&self) -> Vec<SynthTensor> {
+        let config = &self.config;
+        let dense = |name: &str| SynthTensor {
+            name: name.to_owned(),
+            rows: Some(config.vocab),
+            cols: config.hidden,
+            fill: Fill::Dense,
+        };
+        let norm = |name: String, cols| SynthTensor { name, rows: None, cols, fill: Fill::Norm };
+        let mut tensors = vec![dense("token_embd.weight")];
+        for layer in 0..config.layers {
+            for part in Part::ALL {
+                let name = format!("blk.{layer}.{}", part.gguf_name());
+                let sub_norm = matches!(part, Part::AttnSubNorm | Part::FfnSubNorm);
+                match part.matrix(config) {
+                    Some((rows, cols)) => {
+                        let rows = Some(rows);
+                        tensors.push(SynthTensor { name, rows, cols, fill: Fill::Ternary });
+                    }
+                    None if sub_norm && self.family != Family::BitNet => {}
+                    None => tensors.push(norm(name, part.width(config))),
+                }
+            }
+            if self.family == Family::Qwen3 {
+                for name in ["attn_q_norm", "attn_k_norm"] {
+                    tensors.push(norm(format!("blk.{layer}.{name}.weight"), config.head_dim));
+                }
+            }
+        }
+        tensors.push(norm("output_norm.weight".to_owned(), config.hidden));
+        if !config.tied_head {
+            tensors.push(dense("output.weight"));
+        }
+        tensors
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip() {
+        for shape in Shape::ALL {
+            assert_eq!(shape.to_string().parse(), Ok(shape));
+        }
+        let error = "q4".parse::<HeadType>().unwrap_err().to_string();
+        assert_eq!(error, "unknown head type `q4`, expected one of f16, q8_0, q6_k");
+        assert!("i2s".parse::<TernaryType>().is_err());
+    }
+
+    #[test]
+    fn shapes_have_the_weights_their_names_say() {
+        let billions = |shape: Shape| {
+            let weights = shape.sizes().tensors().into_iter();
+            let weights: usize = weights.map(|t| t.rows.unwrap_or(1) * t.cols).sum();
+            weights as f64 / 1e9
+        };
+        let expected = [0.124, 2.41, 4.02, 8.03, 70.6, 100.3, 405.9];
+        for (shape, expected) in Shape::ALL.into_iter().zip(expected) {
+            let found = billions(shape);
+            assert!((found / expected - 1.0).abs() < 0.01, "{shape}: {found}, not {expected}");
+        }
+    }
+}

@@ -1,0 +1,172 @@
+use std::sync::Arc;
+
+use super::*;
+use crate::model_file::tests::TempFolder;
+use crate::model_file::{Architecture, ModelConfig, ModelError, ModelFile};
+
+/// A BitNet small enough for tests, with rows that fit every type.
+fn small(family: Family) -> Sizes {
+    let config = ModelConfig {
+        architecture: Architecture::BitNet,
+        hidden: 256,
+        intermediate: 512,
+        layers: 2,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 64,
+        vocab: 400,
+        context: 128,
+        rope_theta: 10_000.0,
+        rms_eps: 1e-5,
+        tied_head: family != Family::Llama,
+    };
+    Sizes { family, config }
+}
+
+fn options(ternary: TernaryType, head: HeadType, seed: u64) -> SynthOptions {
+    SynthOptions { shape: Shape::Small125M, ternary, head, seed, overwrite: false }
+}
+
+fn written(family: Family, options: &SynthOptions) -> Vec<u8> {
+    let SynthOptions { ternary, head, seed, .. } = options;
+    let folder = TempFolder::new(&format!("synth-{family:?}-{ternary}-{head}-{seed}"));
+    let out = folder.file("model.gguf");
+    let mut last = None;
+    let size = write_sizes(&small(family), "small", options, &out, &mut |p| last = Some(p));
+    let bytes = std::fs::read(&out).unwrap();
+    assert_eq!(bytes.len() as u64, size.unwrap());
+    assert_eq!(
+        last.map(|last| (last.written, last.total)),
+        Some((bytes.len() as u64, bytes.len() as u64))
+    );
+    bytes
+}
+
+fn open(bytes: Vec<u8>) -> Result<ModelFile, ModelError> {
+    let file = crate::model_file::FileBytes::new("synth.gguf", Arc::new(bytes));
+    ModelFile::open_gguf(file, None, None)
+}
+
+#[test]
+fn a_seed_gives_the_same_bytes_and_another_seed_others() {
+    let base = options(TernaryType::I2S, HeadType::Q6K, 1);
+    let first = written(Family::BitNet, &base);
+    // Pinned: made-up models of different machines and versions are the same model.
+    assert_eq!(blake3::hash(&first).to_hex().as_str(), "PINNED");
+    assert!(first == written(Family::BitNet, &base));
+    assert!(first != written(Family::BitNet, &options(TernaryType::I2S, HeadType::Q6K, 2)));
+}
+
+#[test]
+fn every_head_type_holds_the_same_values() {
+    let mut digests = Vec::new();
+    for head in HeadType::ALL {
+        let model = open(written(Family::BitNet, &options(TernaryType::I2S, head, 3))).unwrap();
+        let weights = model.load(0..2).unwrap();
+        assert_eq!(model.summary().tensors[0].kind, head.to_string().to_uppercase());
+        digests.push((model.header_digest(), weights.part_digests()));
+    }
+    assert_eq!(digests[0], digests[1]);
+    assert_eq!(digests[1], digests[2]);
+}
+
+#[test]
+fn scales_are_plausible_and_differ() {
+    let model =
+        open(written(Family::BitNet, &options(TernaryType::I2S, HeadType::F16, 4))).unwrap();
+    let weights = model.load(0..2).unwrap();
+    let mut scales: Vec<f32> = weights
+        .layers
+        .iter()
+        .flat_map(|l| [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up])
+        .map(|m| m.scale())
+        .collect();
+    let unit = (256.0_f32 * 2.0 / 3.0).sqrt();
+    assert!(scales.iter().all(|scale| (0.89..1.11).contains(&(scale * unit))), "{scales:?}");
+    scales.sort_by(f32::total_cmp);
+    scales.dedup();
+    assert_eq!(scales.len(), 12);
+    // About a third each of -1, 0 and 1.
+    let gate = &weights.layers[0].gate;
+    for wanted in [-1, 0, 1] {
+        let count = (0..512 * 256).filter(|at| gate.trit(at / 256, at % 256) == wanted).count();
+        assert!((42_000..46_000).contains(&count), "{count} of {wanted}");
+    }
+}
+
+#[test]
+fn files_for_other_programs_are_refused_by_name() {
+    let cases = [
+        (Family::BitNet, TernaryType::Tq1_0, "architecture `bitnet` is not supported"),
+        (Family::Llama, TernaryType::I2S, "architecture `llama` is not supported"),
+        (Family::Qwen3, TernaryType::Q2_0, "architecture `qwen3` is not supported"),
+    ];
+    for (family, ternary, expected) in cases {
+        let bytes = written(family, &options(ternary, HeadType::Q8_0, 5));
+        let error = open(bytes).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+/// Returns the ternary codes of one matrix, decoded by the formulas of llama.cpp's
+/// `dequantize_row_*`.
+fn decode(kind: TernaryType, bytes: &[u8]) -> Vec<u8> {
+    let mut codes = Vec::new();
+    match kind {
+        TernaryType::I2S => unreachable!("read by the loader itself"),
+        TernaryType::Tq1_0 => {
+            const POWERS: [u8; 5] = [1, 3, 9, 27, 81];
+            let mut digits = |bytes: &[u8], count: usize| {
+                for power in &POWERS[..count] {
+                    for byte in bytes {
+                        let top = u16::from(byte.wrapping_mul(*power)) * 3 >> 8;
+                        codes.push(u8::try_from(top).unwrap());
+                    }
+                }
+            };
+            for block in bytes.chunks_exact(54) {
+                digits(&block[..32], 5);
+                digits(&block[32..48], 5);
+                digits(&block[48..52], 4);
+            }
+        }
+        TernaryType::Tq2_0 => {
+            for block in bytes.chunks_exact(66) {
+                for half in block[..64].chunks_exact(32) {
+                    for shift in [0, 2, 4, 6] {
+                        codes.extend(half.iter().map(|byte| byte >> shift & 3));
+                    }
+                }
+            }
+        }
+        TernaryType::Q2_0 => {
+            for block in bytes.chunks_exact(18) {
+                codes.extend((0..64).map(|j| block[2 + j / 4] >> (2 * (j % 4)) & 3));
+            }
+        }
+    }
+    codes
+}
+
+#[test]
+fn every_ternary_type_holds_the_same_weights() {
+    let (rows, cols) = (3, 512);
+    let stream = Stream::new(9, "blk.0.ffn_down.weight");
+    let scale = scale(&stream, cols);
+    let mut expected = vec![0; rows * cols];
+    for (row, codes) in expected.chunks_exact_mut(cols).enumerate() {
+        stream.codes(row, codes);
+    }
+    for (kind, scale_at, block) in
+        [(TernaryType::Tq1_0, 52, 54), (TernaryType::Tq2_0, 64, 66), (TernaryType::Q2_0, 0, 18)]
+    {
+        let mut bytes = Vec::new();
+        for codes in expected.chunks_exact(cols) {
+            encode::ternary(kind, scale, codes, &mut bytes);
+        }
+        assert!(decode(kind, &bytes) == expected, "{kind}");
+        for block in bytes.chunks_exact(block) {
+            assert_eq!(block[scale_at..scale_at + 2], scale.to_le_bytes(), "{kind}");
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! The checkpoints under `tests/fixtures` and the built-in model.
+
+use super::*;
+use crate::model_file::{GenerationDefaults, ModelFormat, Progress};
+
+fn open(name: &str) -> ModelFile {
+    ModelFile::open(&fixture(name)).unwrap()
+}
+
+#[test]
+fn all_layouts_of_one_model_agree() {
+    let packed = open("bitnet-packed");
+    let mut gguf = open("gguf/bitnet-i2_s.gguf");
+    assert_eq!(packed.format, ModelFormat::FolderPacked);
+    assert_eq!(gguf.format, ModelFormat::Gguf);
+    assert_eq!(packed.config, gguf.config);
+    assert_eq!(packed.special, gguf.special);
+    assert_eq!(packed.special.eos, [510, 511]);
+    assert!(packed.special.add_bos);
+    assert_eq!(packed.chat_template, gguf.chat_template);
+    // The embedding is BF16 in one and F16 in the other; its values are the same.
+    assert_eq!(load_all(&packed).part_digests(), load_all(&gguf).part_digests());
+
+    // Files of other converters have no sampling settings, which changes answers.
+    assert_eq!(gguf.generation, GenerationDefaults::PLAIN);
+    assert_ne!(packed.header_digest(), gguf.header_digest());
+    gguf.generation = GenerationDefaults { temperature: 0.6, top_k: 0, top_p: 0.9 };
+    assert_eq!(packed.generation, gguf.generation);
+    assert_eq!(packed.header_digest(), gguf.header_digest());
+}
+
+#[test]
+fn masters_become_the_packed_weights() {
+    let (master, packed) = (open("bitnet-bf16"), open("bitnet-packed"));
+    assert_eq!(master.format, ModelFormat::FolderMaster);
+    assert_eq!(master.header_digest(), packed.header_digest());
+    let (master, packed) = (load_all(&master), load_all(&packed));
+    for (master, packed) in master.layers.iter().zip(&packed.layers) {
+        for (master, packed) in [
+            (&master.q, &packed.q),
+            (&master.k, &packed.k),
+            (&master.v, &packed.v),
+            (&master.o, &packed.o),
+            (&master.gate, &packed.gate),
+            (&master.up, &packed.up),
+            (&master.down, &packed.down),
+        ] {
+            assert!(master.packed() == packed.packed(), "{master:?}");
+            // The packed scale was rounded to 8 significant bits.
+            assert!((master.scale() / packed.scale() - 1.0).abs() < 1.0 / 256.0, "{master:?}");
+        }
+    }
+}
+
+#[test]
+fn conversion_keeps_the_identity() {
+    for name in ["bitnet-packed", "bitnet-bf16", "gguf/bitnet-i2_s.gguf", "demo-model"] {
+        let source = open(name);
+        let bytes = converted(&source, &format!("identity-{}", name.replace('/', "-")));
+        let result = open_bytes(bytes.clone()).unwrap();
+        assert_eq!(identity(&source), identity(&result), "{name}");
+        assert_eq!(source.name, result.name);
+        // A converted file is a fixed point.
+        let again = format!("again-{}", name.replace('/', "-"));
+        assert!(converted(&result, &again) == bytes, "{name}");
+    }
+}
+
+#[test]
+fn the_built_in_model_is_the_converted_fixture() {
+    let demo = crate::demo::model().unwrap();
+    assert_eq!(demo.name, crate::demo::NAME);
+    let source = open("demo-model");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo-model/demo.gguf");
+    assert!(
+        converted(&source, "demo") == std::fs::read(path).unwrap(),
+        "demo.gguf is out of date; convert tests/fixtures/demo-model again"
+    );
+    assert_eq!(identity(&demo), identity(&source));
+    assert_eq!(demo.generation, GenerationDefaults { temperature: 0.8, top_k: 0, top_p: 0.95 });
+}
+
+#[test]
+fn stages_hold_their_part_and_join_to_the_whole() {
+    let model = open("bitnet-packed");
+    let whole = load_all(&model).part_digests();
+    let names: Vec<_> = whole.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(names, ["embed", "layer.0", "layer.1", "layer.2", "head"]);
+
+    let (first, last) = (model.load(0..1).unwrap(), model.load(1..3).unwrap());
+    assert!(first.embed.is_some() && first.head.is_none());
+    assert!(last.embed.is_none() && last.head.is_some());
+    let middle = model.load(1..2).unwrap();
+    assert!(middle.embed.is_none() && middle.head.is_none() && middle.layers.len() == 1);
+
+    let mut joined = last.part_digests();
+    joined.extend(first.part_digests());
+    joined.extend(middle.part_digests());
+    let header = model.header_digest();
+    assert_eq!(
+        crate::model_file::identity(&header, &joined),
+        crate::model_file::identity(&header, &whole)
+    );
+    joined.pop();
+    joined.retain(|(name, _)| name != "layer.1");
+    assert_ne!(
+        crate::model_file::identity(&header, &joined),
+        crate::model_file::identity(&header, &whole)
+    );
+}
+
+#[test]
+#[expect(clippy::reversed_empty_ranges, reason = "such ranges come from a command line")]
+fn impossible_layer_ranges_are_refused() {
+    let model = open("bitnet-packed");
+    for range in [0..0, 2..1, 0..4, 3..4, 0..usize::MAX] {
+        let error = model.load(range.clone()).unwrap_err();
+        assert!(matches!(error, ModelError::Layers { layers: 3, .. }), "{range:?}: {error}");
+    }
+}
+
+#[test]
+fn every_header_field_enters_the_digest() {
+    let changes: [fn(&mut ModelFile); 9] = [
+        |model| model.config.context += 1,
+        |model| model.config.rope_theta += 1.0,
+        |model| model.special.add_bos = false,
+        |model| model.special.bos = None,
+        |model| drop(model.special.eos.pop()),
+        |model| model.chat_template = None,
+        |model| model.chat_template = Some(String::new()),
+        |model| model.generation.top_k = 1,
+        |model| model.tokenizer = crate::demo::model().unwrap().tokenizer,
+    ];
+    let mut digests = vec![open("bitnet-packed").header_digest()];
+    for change in changes {
+        let mut model = open("bitnet-packed");
+        change(&mut model);
+        digests.push(model.header_digest());
+    }
+    digests.sort_unstable();
+    digests.dedup();
+    assert_eq!(digests.len(), changes.len() + 1);
+    let mut renamed = open("bitnet-packed");
+    renamed.name.clear();
+    assert_eq!(renamed.header_digest(), open("bitnet-packed").header_digest());
+}
+
+#[test]
+fn output_is_whole_or_absent() {
+    let model = open("bitnet-packed");
+    let folder = TempFolder::new("output");
+    let out = folder.file("model.gguf");
+    let mut reports = Vec::new();
+    let mut convert = |options: &ConvertOptions| {
+        to_gguf(&model, &out, options, &mut |progress| reports.push(progress))
+    };
+    let size = convert(&ConvertOptions::default()).unwrap();
+    let first = std::fs::read(&out).unwrap();
+
+    let error = convert(&ConvertOptions::default()).unwrap_err();
+    assert!(matches!(error, ModelError::Exists { .. }), "{error}");
+    assert_eq!(std::fs::read(&out).unwrap(), first);
+
+    convert(&ConvertOptions { name: Some("other".into()), overwrite: true }).unwrap();
+    assert_eq!(ModelFile::open(&out).unwrap().name, "other");
+    assert_eq!(folder.names(), ["model.gguf"]);
+    assert_eq!(reports.first(), Some(&Progress { written: size, total: size }));
+
+    let error = to_gguf(&model, Path::new("/"), &ConvertOptions::default(), &mut |_| {});
+    assert!(error.is_err());
+    let missing = folder.file("missing/model.gguf");
+    let error = to_gguf(&model, &missing, &ConvertOptions::default(), &mut |_| {}).unwrap_err();
+    assert!(matches!(error, ModelError::Io { action: "create", .. }), "{error}");
+}
+
+#[test]
+fn the_summary_counts_everything() {
+    let summary = open("bitnet-packed").summary();
+    // 512 x 256 embedding; per layer q, o: 256 x 256, k, v: 128 x 256, MLP: 3 x 512 x 256.
+    let ternary = 3 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 512 * 256);
+    assert_eq!(summary.totals.ternary_parameters, ternary);
+    let norms = 3 * (3 * 256 + 512) + 256;
+    assert_eq!(summary.totals.parameters, ternary + norms + 512 * 256);
+    assert_eq!(summary.totals.ternary_bytes, ternary / 4);
+    assert_eq!(summary.totals.tensors, 1 + 3 * 11 + 1);
+
+    let json = serde_json::to_value(&summary).unwrap();
+    assert_eq!(json["format"], "folder-packed");
+    assert_eq!(json["config"]["layers"], 3);
+    assert_eq!(json["tensors"][2]["type"], "packed ternary");
+    assert_eq!(json["tensors"][2]["shape"], serde_json::json!([256, 256]));
+    let text = summary.to_string();
+    for line in ["format      Hugging Face folder, packed ternary", "end [510, 511]"] {
+        assert!(text.contains(line), "{line} is missing in\n{text}");
+    }
+    assert_eq!(text.lines().count(), 12 + 35);
+}

@@ -1,0 +1,56 @@
+//! The loaded weights of a range of layers.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use tercet_kernels::{DenseMatrix, TernaryMatrix};
+
+/// The weights of one stage: a contiguous range of layers, with the embedding if it starts the
+/// model and the head if it ends it.
+#[derive(Debug)]
+pub struct StageWeights {
+    /// Layers held, half-open.
+    pub range: Range<usize>,
+    /// Token embedding, present if the range starts at layer 0.
+    pub embed: Option<Arc<DenseMatrix>>,
+    /// One entry per layer of `range`, in order.
+    pub layers: Vec<LayerWeights>,
+    /// Final norm and head, present if the range ends the model.
+    pub head: Option<HeadWeights>,
+}
+
+/// The weights of one BitNet layer.
+#[derive(Debug)]
+pub struct LayerWeights {
+    /// Norm before attention.
+    pub attn_norm: Vec<f32>,
+    /// Query projection.
+    pub q: TernaryMatrix,
+    /// Key projection.
+    pub k: TernaryMatrix,
+    /// Value projection.
+    pub v: TernaryMatrix,
+    /// Norm between attention and its output projection.
+    pub attn_sub_norm: Vec<f32>,
+    /// Output projection of attention.
+    pub o: TernaryMatrix,
+    /// Norm before the MLP.
+    pub ffn_norm: Vec<f32>,
+    /// Gate projection of the MLP.
+    pub gate: TernaryMatrix,
+    /// Up projection of the MLP.
+    pub up: TernaryMatrix,
+    /// Norm between the gated product and the down projection.
+    pub ffn_sub_norm: Vec<f32>,
+    /// Down projection of the MLP.
+    pub down: TernaryMatrix,
+}
+
+/// The final norm and the output matrix.
+#[derive(Debug)]
+pub struct HeadWeights {
+    /// Norm before the head.
+    pub norm: Vec<f32>,
+    /// One row per vocabulary entry; shared with the embedding in a tied model.
+    pub matrix: Arc<DenseMatrix>,
+}

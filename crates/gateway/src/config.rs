@@ -5,7 +5,8 @@ use std::time::Duration;
 pub struct Config {
     /// Most generations and scorings in progress; more are refused with RESOURCE_EXHAUSTED.
     pub max_streams: u32,
-    /// Most times one stream goes on at another worker.
+    /// Most times one stream goes on at another worker. Workers that cannot be reached or have no
+    /// room do not count: they cost time, which `worker_wait` bounds.
     pub max_moves: u32,
     /// Longest wait for a worker that can take a request, at its start and after each break.
     pub worker_wait: Duration,

@@ -287,8 +287,10 @@ impl State {
         }
 
         let cause = blame(&self.shared.fleet, lease, &status);
-        // A worker without room costs time, which is bounded, and no more than that.
-        if !matches!(cause, MoveCause::Overloaded | MoveCause::Loading) {
+        // A worker that did not take the request costs time, which is bounded, and no more.
+        let refused =
+            matches!(cause, MoveCause::Unreachable | MoveCause::Overloaded | MoveCause::Loading);
+        if !refused {
             self.moves += 1;
             let max_moves = self.shared.config.max_moves;
             if self.moves > max_moves {
@@ -374,7 +376,9 @@ pub(crate) fn blame(fleet: &Fleet, lease: &Lease, status: &Status) -> MoveCause 
             let delay = tercet_proto::retry_after(status).unwrap_or(DEFAULT_BACK_OFF);
             lease.link().back_off(Instant::now() + delay);
         }
-        MoveCause::Broken | MoveCause::Pipeline | MoveCause::Failed => fleet.eject(lease),
+        MoveCause::Unreachable | MoveCause::Broken | MoveCause::Pipeline | MoveCause::Failed => {
+            fleet.eject(lease);
+        }
     }
     cause
 }
@@ -386,6 +390,7 @@ fn cause(status: &Status) -> MoveCause {
         Some(Reason::Overloaded) => MoveCause::Overloaded,
         Some(Reason::PipelineBroken) => MoveCause::Pipeline,
         Some(Reason::WorkerFailed) => MoveCause::Failed,
+        _ if tercet_proto::is_unreachable(status) => MoveCause::Unreachable,
         _ => MoveCause::Broken,
     }
 }

@@ -129,7 +129,8 @@ impl Gateway {
 
         shared.fleet.apply(&Arc::clone(&view.borrow()));
         let (reporter, health) = tonic_health::server::health_reporter();
-        report(&reporter, shared.fleet.watch().borrow().is_serving()).await;
+        let serving = shared.fleet.watch().borrow().is_serving();
+        report(&reporter, serving).await;
 
         let tasks = TaskTracker::new();
         let follower = Arc::clone(&shared);

@@ -1,1 +1,9 @@
+//! The gateway over fake workers: real gRPC through memory, with wires that can be cut, and a clock
+//! that jumps instead of waiting.
 
+mod bench;
+mod fake;
+mod limits;
+mod resume;
+mod routing;
+mod serving;

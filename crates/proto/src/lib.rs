@@ -23,7 +23,7 @@ pub use self::{
         GenerateSpec, Input, MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS, ResumeSpec, SamplingSpec,
         ScoreSpec, StopSpec, TokenizeSpec,
     },
-    status::{DOMAIN, Reason, UnknownReason, is_broken, is_movable, retry_after},
+    status::{DOMAIN, Reason, UnknownReason, is_broken, is_movable, is_unreachable, retry_after},
     violation::{InvalidRequest, Violation},
 };
 

@@ -196,6 +196,19 @@ pub fn is_broken(status: &Status) -> bool {
         && (status.source().is_some() || matches!(status.code(), Code::Unavailable | Code::Unknown))
 }
 
+/// Returns whether `status` was made up because no connection could be made: the request has not
+/// reached the peer.
+pub fn is_unreachable(status: &Status) -> bool {
+    let mut cause = status.source();
+    while let Some(error) = cause {
+        if error.is::<tonic::ConnectError>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
 /// Returns when the server asks to be called again.
 pub fn retry_after(status: &Status) -> Option<Duration> {
     status.get_details_retry_info()?.retry_delay
@@ -241,6 +254,10 @@ mod tests {
         let mut internal = Status::internal("h2 protocol error");
         internal.set_source(Arc::new(std::io::Error::from(std::io::ErrorKind::BrokenPipe)));
         assert!(is_movable(&internal));
+        assert!(!is_unreachable(&internal));
+        let refused = std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
+        let refused = Status::from_error(Box::new(tonic::ConnectError(Box::new(refused))));
+        assert!(is_movable(&refused) && is_unreachable(&refused));
         assert!(is_movable(&Status::unavailable("connect error")));
         assert!(is_movable(&Status::unknown("missing grpc-status trailer")));
     }

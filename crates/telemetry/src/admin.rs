@@ -102,13 +102,13 @@ mod tests {
 
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpStream;
-    use tokio::task::JoinHandle;
+    use tokio::task::JoinSet;
 
     use super::*;
 
     /// Starts a server that is ready while the flag is set.
-    async fn start()
-    -> (SocketAddr, Arc<AtomicBool>, oneshot::Sender<()>, JoinHandle<io::Result<()>>) {
+    async fn start() -> (SocketAddr, Arc<AtomicBool>, oneshot::Sender<()>, JoinSet<io::Result<()>>)
+    {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let is_ready = Arc::new(AtomicBool::new(false));
@@ -122,7 +122,8 @@ mod tests {
         };
         let (stop, stopped) = oneshot::channel::<()>();
         let shutdown = async move { stopped.await.unwrap_or(()) };
-        let server = tokio::spawn(serve_admin(listener, admin, shutdown));
+        let mut server = JoinSet::new();
+        server.spawn(serve_admin(listener, admin, shutdown));
         (address, is_ready, stop, server)
     }
 
@@ -140,7 +141,7 @@ mod tests {
 
     #[tokio::test]
     async fn probes_and_metrics_are_served() {
-        let (address, is_ready, stop, server) = start().await;
+        let (address, is_ready, stop, mut server) = start().await;
         assert_eq!(fetch(address, "/livez").await.0, "HTTP/1.1 200 OK");
         let (status, _, body) = fetch(address, "/readyz").await;
         assert_eq!(status, "HTTP/1.1 503 Service Unavailable");
@@ -154,17 +155,18 @@ mod tests {
         assert!(body.ends_with("# EOF\n"), "{body}");
 
         drop(stop);
-        server.await.unwrap().unwrap();
+        server.join_next().await.unwrap().unwrap().unwrap();
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_stuck_connection_does_not_hold_up_the_shutdown() {
-        let (address, _, stop, server) = start().await;
+        let (address, _, stop, mut server) = start().await;
         let mut stuck = TcpStream::connect(address).await.unwrap();
         stuck.write_all(b"GET /metr").await.unwrap();
         // The server has accepted it once it answers a later connection.
         fetch(address, "/livez").await;
         drop(stop);
-        tokio::time::timeout(GRACE * 2, server).await.unwrap().unwrap().unwrap();
+        let stopped = tokio::time::timeout(GRACE * 2, server.join_next()).await.unwrap();
+        stopped.unwrap().unwrap().unwrap();
     }
 }

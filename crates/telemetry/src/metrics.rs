@@ -100,6 +100,8 @@ label_values! {
     MoveCause {
         /// The connection broke or the stream ended without a word.
         Broken = "broken",
+        /// No connection to the worker could be made.
+        Unreachable = "unreachable",
         /// The worker is about to stop.
         Draining = "draining",
         /// The worker still loads the model.

@@ -48,12 +48,10 @@ pub enum TemplateError {
         reason: String,
     },
     /// The template ran for too long or wrote too much.
-    #[error("the chat template does not end within {fuel} steps, line {line}")]
+    #[error("the chat template takes too long or writes too much, line {line}")]
     Endless {
         /// The line it was at, from 1.
         line: usize,
-        /// The steps a rendering may take.
-        fuel: u64,
     },
     /// The template failed on these messages.
     #[error("the chat template fails, line {line}: {reason}")]
@@ -85,17 +83,19 @@ impl ChatTemplate {
         messages: &[ChatMessage],
         add_generation_prompt: bool,
     ) -> Result<String, TemplateError> {
-        let message = |message: &ChatMessage| {
+        let value = |message: &ChatMessage| {
             Value::from_pairs([("role", &message.role), ("content", &message.content)])
         };
-        let messages: Vec<Value> = messages.iter().map(message).collect();
         let variables = context! {
-            messages,
+            messages => messages.iter().map(value).collect::<Vec<Value>>(),
             add_generation_prompt,
             bos_token => &self.bos,
             eos_token => &self.eos,
         };
-        self.environment
+        // An environment has one budget for all renderings, and a copy is cheap.
+        let mut environment = self.environment.clone();
+        environment.set_fuel(Some(fuel(messages)));
+        environment
             .get_template(NAME)
             .and_then(|template| template.render(variables))
             .map_err(TemplateError::from)
@@ -108,7 +108,6 @@ impl ChatTemplate {
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         environment
             .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.set_fuel(Some(FUEL));
         environment.set_recursion_limit(RECURSION);
         environment.add_filter("tojson", json::tojson);
         environment.add_function("raise_exception", |reason: String| -> Result<String, Error> {
@@ -145,11 +144,18 @@ impl From<Error> for TemplateError {
             None => error.kind().to_string(),
         };
         match error.kind() {
-            ErrorKind::OutOfFuel => Self::Endless { line, fuel: FUEL },
+            ErrorKind::OutOfFuel => Self::Endless { line },
             ErrorKind::SyntaxError => Self::Syntax { line, reason },
             _ => Self::Failed { line, reason },
         }
     }
+}
+
+/// Returns what the rendering of these messages may cost.
+fn fuel(messages: &[ChatMessage]) -> u64 {
+    let bytes: usize = messages.iter().map(|m| m.role.len() + m.content.len()).sum();
+    let messages = messages.len() as u64;
+    FUEL + messages * FUEL_PER_MESSAGE + bytes as u64 / BYTES_PER_FUEL * PASSES
 }
 
 /// The argument of `raise_exception`, on its way out of the template engine.
@@ -159,9 +165,16 @@ struct Raised(String);
 
 /// The name the only template goes by inside its environment.
 const NAME: &str = "chat_template";
-/// What a rendering may cost: one step per instruction and per 64 bytes handled. Long conversations
-/// in elaborate templates take some tens of steps a message.
-const FUEL: u64 = 2_000_000;
+/// What any rendering may cost: one for an instruction and for 64 bytes handled. Elaborate templates
+/// take a few thousand before the first message. A template that means harm gets 1 MB out of it, and
+/// 2,500 levels of nested values, few enough for dropping them not to overflow a thread's stack.
+const FUEL: u64 = 20_000;
+/// What each message adds; elaborate templates take some tens.
+const FUEL_PER_MESSAGE: u64 = 500;
+/// How often the template may handle each byte of the messages.
+const PASSES: u64 = 16;
+/// What the engine charges one fuel for.
+const BYTES_PER_FUEL: u64 = 64;
 /// How deeply macros may call each other; real templates need fewer than ten levels.
 const RECURSION: usize = 64;
 

@@ -37,7 +37,7 @@ pub use self::{
     digest::identity,
     error::ModelError,
     output::Progress,
-    summary::{Summary, TensorSummary},
+    summary::{Summary, TensorSummary, TokenizerSummary, Totals},
     weights::{HeadWeights, LayerWeights, StageWeights},
 };
 

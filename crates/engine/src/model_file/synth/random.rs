@@ -115,7 +115,7 @@ mod tests {
                 counts[usize::from(codes[place])] += 1;
             }
             assert_eq!(counts[0], counts[2], "place {place}: {counts:?}");
-            assert!((80..=92).contains(&counts[1]), "place {place}: {counts:?}");
+            assert!((80..=96).contains(&counts[1]), "place {place}: {counts:?}");
         }
     }
 

@@ -18,8 +18,27 @@ fn all_layouts_of_one_model_agree() {
     assert_eq!(packed.special.eos, [510, 511]);
     assert!(packed.special.add_bos);
     assert_eq!(packed.chat_template, gguf.chat_template);
-    // The embedding is BF16 in one and F16 in the other; its values are the same.
-    assert_eq!(load_all(&packed).part_digests(), load_all(&gguf).part_digests());
+    let (packed_weights, gguf_weights) = (load_all(&packed), load_all(&gguf));
+    let layers = |weights: &StageWeights| {
+        let parts = weights.part_digests().into_iter();
+        parts.filter(|(name, _)| name.starts_with("layer.")).collect::<Vec<_>>()
+    };
+    assert_eq!(layers(&packed_weights).len(), 3);
+    assert_eq!(layers(&packed_weights), layers(&gguf_weights));
+    // bitnet.cpp's converter rounds the BF16 embedding to F16, which changes its smallest values;
+    // the identities therefore differ, and rightly so.
+    let kernels = tercet_kernels::Kernels::detect();
+    let (packed_embed, gguf_embed) = (packed_weights.embed.unwrap(), gguf_weights.embed.unwrap());
+    let (mut ours, mut theirs, mut changed) = ([0.0; 256], [0.0; 256], 0);
+    for row in 0..512 {
+        kernels.dense_row(&packed_embed, row, &mut ours);
+        kernels.dense_row(&gguf_embed, row, &mut theirs);
+        for (ours, theirs) in ours.iter().zip(theirs) {
+            assert_eq!(half::f16::from_f32(*ours).to_f32().to_bits(), theirs.to_bits());
+            changed += usize::from(ours.to_bits() != theirs.to_bits());
+        }
+    }
+    assert!((1..512).contains(&changed), "{changed} of 131072 values changed");
 
     // Files of other converters have no sampling settings, which changes answers.
     assert_eq!(gguf.generation, GenerationDefaults::PLAIN);
@@ -126,7 +145,7 @@ fn every_header_field_enters_the_digest() {
         |model| model.config.rope_theta += 1.0,
         |model| model.special.add_bos = false,
         |model| model.special.bos = None,
-        |model| drop(model.special.eos.pop()),
+        |model| model.special.eos.clear(),
         |model| model.chat_template = None,
         |model| model.chat_template = Some(String::new()),
         |model| model.generation.top_k = 1,

@@ -206,7 +206,7 @@ fn malformed_headers_are_refused() {
                 set(b, at + 20, &[8]);
                 set(b, at + 4, &[250]);
             },
-            "token_embd.weight` has dimensions [250, 512]",
+            "token_embd.weight` has dimensions [506, 512]",
         ),
     ];
     for (index, (change, expected)) in cases.into_iter().enumerate() {

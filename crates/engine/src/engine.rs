@@ -1,0 +1,555 @@
+//! The compute thread: takes requests in, plans steps, computes them, tells what came out.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    fmt,
+    ops::Range,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::JoinHandle,
+};
+
+use tercet_kernels::Isa;
+use thiserror::Error;
+
+use crate::{
+    kv::KvError,
+    model_file::{ModelConfig, ModelError, ModelFile},
+    pipeline::{Downstream, StageFrame},
+    plan::StepResult,
+    pool::PoolError,
+    request::{SequenceEvent, SequenceFailure, SequenceRequest, SubmitError},
+    runner::{Input, LogitsObserver, Produced, StageRunner},
+    scheduler::{Load, Planned, RequestKey, Scheduler, SchedulerConfig},
+};
+
+/// How an engine is set up.
+#[derive(Clone, Debug)]
+pub struct EngineOptions {
+    /// Compute threads, at least 1.
+    pub threads: usize,
+    /// Instruction set; the best that the CPU has if absent.
+    pub isa: Option<Isa>,
+    /// Layers to hold; all if absent.
+    pub layers: Option<Range<usize>>,
+    /// Most bytes of KV cache.
+    pub kv_bytes: usize,
+    /// Most sequences computed at once.
+    pub max_sequences: usize,
+    /// Most sequences waiting.
+    pub max_waiting: usize,
+    /// Most prompt rows in a step.
+    pub prefill_chunk: usize,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self {
+            threads: 1,
+            isa: None,
+            layers: None,
+            kv_bytes: 1 << 30,
+            max_sequences: 32,
+            max_waiting: 256,
+            prefill_chunk: 128,
+        }
+    }
+}
+
+/// An engine could not be made.
+#[derive(Debug, Error)]
+pub enum EngineError {
+    /// The model file is at fault.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The compute threads could not be made.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    /// The layer range does not fit the model or the role.
+    #[error("layers {}..{} do not fit: {expected}", layers.start, layers.end)]
+    Layers {
+        /// Asked for.
+        layers: Range<usize>,
+        /// What would fit.
+        expected: String,
+    },
+    /// The CPU lacks the instruction set asked for.
+    #[error("this CPU has no {0}; leave the instruction set out to take the best that it has")]
+    Isa(Isa),
+    /// The KV budget holds nothing.
+    #[error(
+        "a KV cache of {bytes} bytes holds no page: one page of 64 positions takes {page_bytes} bytes"
+    )]
+    KvTooSmall {
+        /// Budget.
+        bytes: usize,
+        /// Bytes of a page.
+        page_bytes: usize,
+    },
+    /// A limit is zero.
+    #[error("{0} must be at least 1")]
+    Zero(&'static str),
+    /// The compute thread could not be started.
+    #[error("start the compute thread")]
+    Thread(#[source] std::io::Error),
+}
+
+/// A step could not be computed: a defect, or a peer that does not keep to the protocol.
+#[derive(Debug, Error)]
+pub enum StepError {
+    /// The KV cache cannot hold the rows.
+    #[error(transparent)]
+    Kv(#[from] KvError),
+    /// The frame does not fit the stage.
+    #[error("step {step}: {what}")]
+    Frame {
+        /// Number of the step.
+        step: u64,
+        /// What does not fit.
+        what: String,
+    },
+}
+
+/// Takes what happens to one sequence, in order, on the compute thread: it must not block.
+pub type EventSink = Box<dyn FnMut(SequenceEvent) + Send>;
+
+/// The later stages of a pipeline, as the first one sees them.
+#[derive(Debug)]
+pub struct Attachment {
+    /// Sends frames to the next stage.
+    pub downstream: Box<dyn Downstream>,
+    /// Names this link: results and losses of other epochs are ignored.
+    pub epoch: u64,
+    /// Number of stages, the first included.
+    pub stages: usize,
+    /// KV pages of the smallest later stage.
+    pub kv_pages: usize,
+}
+
+/// A model, or its first layers, being computed on a thread of its own.
+pub struct Engine {
+    shared: Arc<Shared>,
+    facts: Facts,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What does not change while an engine lives.
+#[derive(Debug)]
+struct Facts {
+    config: ModelConfig,
+    layers: Range<usize>,
+    isa: Isa,
+    scheduler: SchedulerConfig,
+    weights: Arc<crate::model_file::StageWeights>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    inbox: Mutex<VecDeque<Command>>,
+    arrived: Condvar,
+    next_key: AtomicU64,
+    load: Mutex<Load>,
+    /// Limits in force: those of the smallest stage.
+    limits: Mutex<SchedulerConfig>,
+    attached: AtomicBool,
+    stopped: AtomicBool,
+}
+
+enum Command {
+    Submit(RequestKey, SequenceRequest, EventSink),
+    Cancel(RequestKey),
+    Attach(Attachment),
+    Detach { epoch: u64, reason: String },
+    Deliver { epoch: u64, result: StepResult },
+    Stop,
+}
+
+impl fmt::Debug for Command {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Submit(..) => "Submit",
+            Self::Cancel(..) => "Cancel",
+            Self::Attach(..) => "Attach",
+            Self::Detach { .. } => "Detach",
+            Self::Deliver { .. } => "Deliver",
+            Self::Stop => "Stop",
+        })
+    }
+}
+
+/// A submitted sequence; dropping it cancels the sequence within one step.
+#[derive(Debug)]
+pub struct SequenceHandle {
+    shared: Arc<Shared>,
+    key: RequestKey,
+}
+
+impl Engine {
+    /// Loads the weights and starts computing. Layers, if a range is given, must begin at 0.
+    pub fn load(model: &ModelFile, options: &EngineOptions) -> Result<Self, EngineError> {
+        Self::load_observed(model, options, None)
+    }
+
+    /// As [`Self::load`], and shows every row of logits to `observer`, on the compute thread.
+    pub fn load_observed(
+        model: &ModelFile,
+        options: &EngineOptions,
+        observer: Option<LogitsObserver>,
+    ) -> Result<Self, EngineError> {
+        for (limit, name) in [
+            (options.max_sequences, "max_sequences"),
+            (options.max_waiting, "max_waiting"),
+            (options.prefill_chunk, "prefill_chunk"),
+        ] {
+            if limit == 0 {
+                return Err(EngineError::Zero(name));
+            }
+        }
+        let layers = options.layers.clone().unwrap_or(0..model.config.layers);
+        if layers.start != 0 {
+            return Err(EngineError::Layers {
+                layers,
+                expected: "an engine begins at layer 0; later layers follow one".to_owned(),
+            });
+        }
+        let mut runner = StageRunner::load(model, layers.clone(), options)?;
+        runner.observe_logits(observer);
+        let scheduler = SchedulerConfig {
+            vocab: model.config.vocab,
+            context: model.config.context,
+            pages: runner.kv_pages(),
+            max_sequences: options.max_sequences,
+            max_waiting: options.max_waiting,
+            prefill_chunk: options.prefill_chunk,
+            steps_in_flight: 1,
+        };
+        let shared = Arc::new(Shared {
+            inbox: Mutex::new(VecDeque::new()),
+            arrived: Condvar::new(),
+            next_key: AtomicU64::new(0),
+            load: Mutex::new(Load { pages: scheduler.pages, ..Load::default() }),
+            limits: Mutex::new(scheduler),
+            attached: AtomicBool::new(layers.end == model.config.layers),
+            stopped: AtomicBool::new(false),
+        });
+        let facts = Facts {
+            config: model.config.clone(),
+            layers,
+            isa: runner.isa(),
+            scheduler,
+            weights: runner.weights(),
+        };
+        let computer = Computer {
+            shared: Arc::clone(&shared),
+            base: scheduler,
+            scheduler: Scheduler::new(scheduler),
+            runner,
+            sinks: HashMap::new(),
+            downstream: None,
+        };
+        let thread = std::thread::Builder::new()
+            .name("tercet-engine".to_owned())
+            .spawn(move || computer.run())
+            .map_err(EngineError::Thread)?;
+        Ok(Self { shared, facts, thread: Some(thread) })
+    }
+
+    /// Returns the model's configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.facts.config
+    }
+
+    /// Returns the layers held.
+    pub fn layers(&self) -> Range<usize> {
+        self.facts.layers.clone()
+    }
+
+    /// Returns whether the engine holds the whole model.
+    pub fn is_whole(&self) -> bool {
+        self.facts.layers.end == self.facts.config.layers
+    }
+
+    /// Returns the instruction set in use.
+    pub fn isa(&self) -> Isa {
+        self.facts.isa
+    }
+
+    /// Returns the most tokens that a sequence can have now.
+    pub fn context_limit(&self) -> usize {
+        lock(&self.shared.limits).context_limit()
+    }
+
+    /// Returns the most sequences computed at once.
+    pub fn max_sequences(&self) -> usize {
+        self.facts.scheduler.max_sequences
+    }
+
+    /// Returns the digests of the tensors held. Hashes them all: not for a hurry.
+    pub fn part_digests(&self) -> Vec<(String, [u8; 32])> {
+        self.facts.weights.part_digests()
+    }
+
+    /// Returns how full the engine is.
+    pub fn load_now(&self) -> Load {
+        *lock(&self.shared.load)
+    }
+
+    /// Returns whether the engine still computes; false after a stop or a defect.
+    pub fn is_alive(&self) -> bool {
+        !self.shared.stopped.load(Ordering::Acquire)
+    }
+
+    /// Queues a sequence. `sink` is told what happens to it until its last event; if it is dropped
+    /// without one, the engine has failed.
+    pub fn submit(
+        &self,
+        request: SequenceRequest,
+        sink: EventSink,
+    ) -> Result<SequenceHandle, SubmitError> {
+        if !self.is_alive() {
+            return Err(SubmitError::Stopped);
+        }
+        if !self.shared.attached.load(Ordering::Acquire) {
+            return Err(SubmitError::NoPipeline);
+        }
+        Scheduler::check(&lock(&self.shared.limits), &request)?;
+        let key = RequestKey(self.shared.next_key.fetch_add(1, Ordering::Relaxed));
+        let mut inbox = lock(&self.shared.inbox);
+        let max = self.facts.scheduler.max_waiting;
+        let queued = inbox.iter().filter(|command| matches!(command, Command::Submit(..))).count();
+        if queued + lock(&self.shared.load).waiting >= max {
+            return Err(SubmitError::QueueFull { waiting: max });
+        }
+        inbox.push_back(Command::Submit(key, request, sink));
+        drop(inbox);
+        self.shared.arrived.notify_one();
+        Ok(SequenceHandle { shared: Arc::clone(&self.shared), key })
+    }
+
+    /// Attaches the later stages of the pipeline: sequences submitted from now on go through them.
+    pub fn attach(&self, attachment: Attachment) {
+        *lock(&self.shared.limits) = limits(self.facts.scheduler, &attachment);
+        self.shared.attached.store(true, Ordering::Release);
+        self.shared.send(Command::Attach(attachment));
+    }
+
+    /// Says that the link of `epoch` is lost: its sequences fail.
+    pub fn detach(&self, epoch: u64, reason: &str) {
+        self.shared.send(Command::Detach { epoch, reason: reason.to_owned() });
+    }
+
+    /// Hands in what the last stage computed.
+    pub fn deliver(&self, epoch: u64, result: StepResult) {
+        self.shared.send(Command::Deliver { epoch, result });
+    }
+}
+
+impl fmt::Debug for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Engine")
+            .field("layers", &self.facts.layers)
+            .field("load", &self.load_now())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.shared.send(Command::Stop);
+        if let Some(thread) = self.thread.take() {
+            // A panic of the compute thread was told when it happened.
+            drop(thread.join());
+        }
+    }
+}
+
+impl Drop for SequenceHandle {
+    fn drop(&mut self) {
+        self.shared.send(Command::Cancel(self.key));
+    }
+}
+
+impl Shared {
+    fn send(&self, command: Command) {
+        lock(&self.inbox).push_back(command);
+        self.arrived.notify_one();
+    }
+
+    /// Returns all commands that have come; waits for one if `idle`.
+    fn receive(&self, idle: bool) -> VecDeque<Command> {
+        let mut inbox = lock(&self.inbox);
+        if idle {
+            inbox = self
+                .arrived
+                .wait_while(inbox, |inbox| inbox.is_empty())
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        std::mem::take(&mut *inbox)
+    }
+}
+
+/// What the compute thread owns.
+struct Computer {
+    shared: Arc<Shared>,
+    /// The limits of this stage alone.
+    base: SchedulerConfig,
+    scheduler: Scheduler,
+    runner: StageRunner,
+    sinks: HashMap<RequestKey, EventSink>,
+    downstream: Option<Attachment>,
+}
+
+impl Computer {
+    fn run(mut self) {
+        // A panic is a defect of ours. It ends this engine, not the process: the sinks are dropped,
+        // which tells their owners, and `is_alive` turns false.
+        let shared = Arc::clone(&self.shared);
+        let ended = catch_unwind(AssertUnwindSafe(|| self.compute_until_stopped()));
+        shared.stopped.store(true, Ordering::Release);
+        lock(&shared.inbox).clear();
+        if let Err(panic) = ended {
+            std::panic::resume_unwind(panic);
+        }
+    }
+
+    fn compute_until_stopped(&mut self) {
+        let mut idle = true;
+        loop {
+            for command in self.shared.receive(idle) {
+                if matches!(command, Command::Stop) {
+                    self.fail_all(&SequenceFailure::Stopped);
+                    return;
+                }
+                self.obey(command);
+            }
+            idle = match self.scheduler.plan() {
+                Some(planned) => {
+                    self.compute(planned);
+                    false
+                }
+                None => true,
+            };
+            *lock(&self.shared.load) = self.scheduler.load();
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Submit(key, request, mut sink) => match self.scheduler.submit(key, request) {
+                Ok(None) => {
+                    self.sinks.insert(key, sink);
+                }
+                Ok(Some(event)) => sink(event),
+                // `Engine::submit` has checked; the limits may have shrunk since.
+                Err(error) => sink(SequenceEvent::Failed(SequenceFailure::PipelineBroken(
+                    error.to_string(),
+                ))),
+            },
+            Command::Cancel(key) => {
+                if self.sinks.remove(&key).is_some() {
+                    self.scheduler.cancel(key);
+                }
+            }
+            Command::Attach(attachment) => self.attach(attachment),
+            Command::Detach { epoch, reason } => {
+                if self.is_current(epoch) {
+                    self.detach(reason);
+                }
+            }
+            Command::Deliver { epoch, result } => {
+                if self.is_current(epoch) {
+                    self.take_in(result);
+                }
+            }
+            Command::Stop => unreachable!("the loop ends at a stop"),
+        }
+    }
+
+    fn is_current(&self, epoch: u64) -> bool {
+        self.downstream.as_ref().is_some_and(|downstream| downstream.epoch == epoch)
+    }
+
+    fn attach(&mut self, attachment: Attachment) {
+        self.detach("it was replaced by a newer link".to_owned());
+        let config = limits(self.base, &attachment);
+        self.scheduler.reconfigure(config);
+        *lock(&self.shared.limits) = config;
+        self.downstream = Some(attachment);
+        self.shared.attached.store(true, Ordering::Release);
+    }
+
+    fn detach(&mut self, reason: String) {
+        self.shared.attached.store(false, Ordering::Release);
+        self.downstream = None;
+        self.runner.reset();
+        self.fail_all(&SequenceFailure::PipelineBroken(reason));
+    }
+
+    fn fail_all(&mut self, failure: &SequenceFailure) {
+        for key in self.scheduler.abandon() {
+            self.tell(key, SequenceEvent::Failed(failure.clone()));
+        }
+    }
+
+    fn compute(&mut self, planned: Planned) {
+        for (key, event) in planned.events {
+            self.tell(key, event);
+        }
+        let step = planned.plan.step;
+        let produced = self
+            .runner
+            .step(&planned.plan, Input::Tokens(&planned.ids))
+            .unwrap_or_else(|error| panic!("the scheduler planned what cannot be: {error}"));
+        match produced {
+            Produced::Results(results) => self.take_in(StepResult { step, results }),
+            Produced::Activations(activations) => {
+                let Some(attachment) = &mut self.downstream else { return };
+                let frame = StageFrame { plan: planned.plan, activations };
+                if let Err(lost) = attachment.downstream.send(frame) {
+                    self.detach(lost.to_string());
+                }
+            }
+        }
+    }
+
+    fn take_in(&mut self, result: StepResult) {
+        match self.scheduler.apply(result) {
+            Ok(events) => {
+                for (key, event) in events {
+                    self.tell(key, event);
+                }
+            }
+            Err(mismatch) => self.detach(mismatch.to_string()),
+        }
+    }
+
+    fn tell(&mut self, key: RequestKey, event: SequenceEvent) {
+        let last = !matches!(event, SequenceEvent::Scheduled | SequenceEvent::Token { .. });
+        if let Some(sink) = self.sinks.get_mut(&key) {
+            sink(event);
+        }
+        if last {
+            self.sinks.remove(&key);
+        }
+    }
+}
+
+/// Returns the limits of a stage together with the later ones.
+fn limits(base: SchedulerConfig, attachment: &Attachment) -> SchedulerConfig {
+    SchedulerConfig {
+        pages: base.pages.min(attachment.kv_pages),
+        steps_in_flight: attachment.stages,
+        ..base
+    }
+}
+
+/// Locks; a poisoned lock is taken as it is, since every section below leaves its data whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,109 @@
+//! What a step computes, as said by the scheduler and followed by every stage.
+
+use std::fmt;
+
+use crate::sampler::SamplingParams;
+
+/// Number of a sequence, never reused within a scheduler.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct SequenceId(pub u64);
+
+impl fmt::Display for SequenceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// One step: the rows to push through the stages, in order.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepPlan {
+    /// Number of the step, ascending by one.
+    pub step: u64,
+    /// Sequences that begin with this step.
+    pub open: Vec<OpenSequence>,
+    /// Sequences that ended, or lost their pages, before this step.
+    pub close: Vec<SequenceId>,
+    /// What to compute. A sequence has at most one run in a step.
+    pub runs: Vec<Run>,
+}
+
+impl StepPlan {
+    /// Returns the number of rows of all runs.
+    pub fn rows(&self) -> usize {
+        self.runs.iter().map(|run| run.rows).sum()
+    }
+}
+
+/// A sequence that begins.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OpenSequence {
+    /// Its number.
+    pub id: SequenceId,
+    /// How its tokens are chosen.
+    pub sampling: SamplingParams,
+    /// W3C trace context of its request; may be empty.
+    pub traceparent: String,
+}
+
+/// Consecutive rows of one sequence.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Run {
+    /// The sequence.
+    pub sequence: SequenceId,
+    /// Position of the first row, from 0.
+    pub position: usize,
+    /// Number of rows, at least 1.
+    pub rows: usize,
+    /// What the last stage returns.
+    pub output: RunOutput,
+}
+
+/// What the last stage returns for a run.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RunOutput {
+    /// Nothing: more of the prompt follows.
+    None,
+    /// The token sampled after the last row.
+    Sample,
+    /// The log-probability of each of these tokens after its row, and the likeliest token after
+    /// every row. As many targets as rows, or one less: the last token of a text has none.
+    Score(Vec<u32>),
+}
+
+/// What one step produced.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepResult {
+    /// Number of the step.
+    pub step: u64,
+    /// One for each run that asked for something or failed, in the order of the runs.
+    pub results: Vec<RunResult>,
+}
+
+/// What one run produced.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RunResult {
+    /// The sequence.
+    pub sequence: SequenceId,
+    /// The answer.
+    pub outcome: RunOutcome,
+}
+
+/// The answer of the last stage to one run.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RunOutcome {
+    /// The token sampled after the last row.
+    Token(u32),
+    /// Log-probabilities of the targets and the likeliest token after every row.
+    Scores(Scores),
+    /// The computation gave an infinity or a NaN; the request cannot go on.
+    NonFinite,
+}
+
+/// Log-probabilities of given tokens.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Scores {
+    /// Natural log-probability of each target.
+    pub logprobs: Vec<f32>,
+    /// The likeliest token after each row, the lowest on a tie.
+    pub top_ids: Vec<u32>,
+}

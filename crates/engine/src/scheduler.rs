@@ -1,0 +1,511 @@
+//! Decides what each step computes: a state machine without threads, clocks or sockets.
+//!
+//! ```text
+//! submit -> waiting --admit: slot and pages--> running --last token, cancel--> closed
+//!              ^                                  |
+//!              +------ preempt: no page left -----+
+//! ```
+//!
+//! Continuous batching: each step takes the next row of every running sequence that has a token to
+//! continue from, and fills up with a chunk of prompts. A preempted sequence is computed anew from
+//! its tokens; since a sequence's bits depend on nothing but itself, that changes no answer.
+
+use std::collections::VecDeque;
+
+use thiserror::Error;
+
+use crate::{
+    kv::{PAGE_POSITIONS, pages_for},
+    plan::{OpenSequence, Run, RunOutcome, RunOutput, Scores, SequenceId, StepPlan, StepResult},
+    request::{Output, SequenceEvent, SequenceFailure, SequenceRequest, StopReason, SubmitError},
+};
+
+/// Limits of a scheduler.
+#[derive(Clone, Copy, Debug)]
+pub struct SchedulerConfig {
+    /// Token ids are below this.
+    pub vocab: usize,
+    /// Most tokens of a sequence, by the model.
+    pub context: usize,
+    /// KV pages of the smallest stage.
+    pub pages: usize,
+    /// Most running sequences.
+    pub max_sequences: usize,
+    /// Most waiting sequences.
+    pub max_waiting: usize,
+    /// Most prompt rows in a step.
+    pub prefill_chunk: usize,
+    /// Steps that may be under way at once: the number of stages.
+    pub steps_in_flight: usize,
+}
+
+impl SchedulerConfig {
+    /// Returns the most tokens that a sequence can have.
+    pub fn context_limit(&self) -> usize {
+        self.context.min(self.pages * PAGE_POSITIONS)
+    }
+}
+
+/// Names a request to whoever submitted it.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub struct RequestKey(pub u64);
+
+/// A later stage answered something that was not asked.
+#[derive(Debug, Error)]
+#[error("the result of step {step} does not fit what was asked: {what}")]
+pub struct ResultMismatch {
+    step: u64,
+    what: &'static str,
+}
+
+/// How full a scheduler is.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Load {
+    /// Sequences being computed.
+    pub running: usize,
+    /// Sequences waiting for a slot or for pages.
+    pub waiting: usize,
+    /// KV pages in use.
+    pub pages_used: usize,
+    /// KV pages in all.
+    pub pages: usize,
+}
+
+/// A step to compute.
+#[derive(Debug)]
+pub struct Planned {
+    /// The step.
+    pub plan: StepPlan,
+    /// The tokens of its rows, in order.
+    pub ids: Vec<u32>,
+    /// What to tell of the sequences that the step begins.
+    pub events: Vec<(RequestKey, SequenceEvent)>,
+}
+
+/// The state machine. See the module's documentation.
+#[derive(Debug)]
+pub struct Scheduler {
+    config: SchedulerConfig,
+    next_id: u64,
+    next_step: u64,
+    waiting: VecDeque<Sequence>,
+    /// In order of admission: the last is preempted first.
+    running: Vec<Sequence>,
+    closing: Vec<SequenceId>,
+    in_flight: VecDeque<(u64, Vec<Run>)>,
+    free_pages: usize,
+}
+
+#[derive(Debug)]
+struct Sequence {
+    key: RequestKey,
+    request: SequenceRequest,
+    /// Prompt, resumed and generated tokens.
+    tokens: Vec<u32>,
+    /// Positions whose keys and values the stages hold.
+    computed: usize,
+    cancelled: bool,
+    scores: Scores,
+    /// While running.
+    id: SequenceId,
+    opened: bool,
+    pages: usize,
+    in_flight: bool,
+}
+
+impl Scheduler {
+    /// Returns a scheduler without sequences.
+    pub fn new(config: SchedulerConfig) -> Self {
+        Self {
+            config,
+            next_id: 0,
+            next_step: 0,
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            closing: Vec::new(),
+            in_flight: VecDeque::new(),
+            free_pages: config.pages,
+        }
+    }
+
+    /// Returns the limits.
+    pub fn config(&self) -> &SchedulerConfig {
+        &self.config
+    }
+
+    /// Returns how full the scheduler is.
+    pub fn load(&self) -> Load {
+        Load {
+            running: self.running.len(),
+            waiting: self.waiting.len(),
+            pages_used: self.config.pages - self.free_pages,
+            pages: self.config.pages,
+        }
+    }
+
+    /// Checks `request` against the limits of a scheduler with this configuration.
+    pub fn check(config: &SchedulerConfig, request: &SequenceRequest) -> Result<(), SubmitError> {
+        if request.prompt.is_empty() {
+            return Err(SubmitError::EmptyPrompt);
+        }
+        let ids = request.prompt.iter().chain(&request.resumed);
+        if let Some((index, &id)) =
+            ids.enumerate().find(|&(_, &id)| id as usize >= config.vocab)
+        {
+            return Err(SubmitError::InvalidId { index, id, vocab: config.vocab });
+        }
+        let tokens = request.prompt.len() + request.resumed.len();
+        let limit = config.context_limit();
+        if tokens > limit {
+            return Err(SubmitError::TooLong { tokens, limit });
+        }
+        Ok(())
+    }
+
+    /// Queues `request`, or says why its completion is complete already.
+    pub fn submit(
+        &mut self,
+        key: RequestKey,
+        request: SequenceRequest,
+    ) -> Result<Option<SequenceEvent>, SubmitError> {
+        Self::check(&self.config, &request)?;
+        let mut tokens = request.prompt.clone();
+        tokens.extend(&request.resumed);
+        let sequence = Sequence {
+            key,
+            request,
+            tokens,
+            computed: 0,
+            cancelled: false,
+            scores: Scores::default(),
+            id: SequenceId(0),
+            opened: false,
+            pages: 0,
+            in_flight: false,
+        };
+        if let Some(reason) = sequence.stop_reason(self.config.context_limit()) {
+            return Ok(Some(SequenceEvent::Finished(reason)));
+        }
+        if self.waiting.len() >= self.config.max_waiting {
+            return Err(SubmitError::QueueFull { waiting: self.config.max_waiting });
+        }
+        self.waiting.push_back(sequence);
+        Ok(None)
+    }
+
+    /// Forgets a request: nothing more is told about it.
+    pub fn cancel(&mut self, key: RequestKey) {
+        self.waiting.retain(|sequence| sequence.key != key);
+        if let Some(index) = self.running.iter().position(|sequence| sequence.key == key) {
+            if self.running[index].in_flight {
+                self.running[index].cancelled = true;
+            } else {
+                self.close(index);
+            }
+        }
+    }
+
+    /// Forgets everything, as when a later stage is lost, and returns the requests that were there.
+    pub fn abandon(&mut self) -> Vec<RequestKey> {
+        let keys = self
+            .running
+            .drain(..)
+            .chain(self.waiting.drain(..))
+            .filter(|sequence| !sequence.cancelled)
+            .map(|sequence| sequence.key)
+            .collect();
+        self.closing.clear();
+        self.in_flight.clear();
+        self.free_pages = self.config.pages;
+        keys
+    }
+
+    /// Adopts the limits of newly attached stages. Only an idle scheduler can.
+    pub fn reconfigure(&mut self, config: SchedulerConfig) {
+        assert!(
+            self.running.is_empty() && self.in_flight.is_empty(),
+            "only an idle scheduler changes its limits"
+        );
+        self.config = config;
+        self.free_pages = config.pages;
+        self.next_step = 0;
+    }
+
+    /// Returns the next step, or nothing when there is nothing to do or enough is under way.
+    pub fn plan(&mut self) -> Option<Planned> {
+        if self.in_flight.len() >= self.config.steps_in_flight {
+            return None;
+        }
+        self.admit();
+        let mut runs = self.plan_decode();
+        self.plan_prefill(&mut runs);
+        if runs.is_empty() && (self.closing.is_empty() || !self.in_flight.is_empty()) {
+            return None;
+        }
+        let mut open = Vec::new();
+        let mut events = Vec::new();
+        let mut ids = Vec::new();
+        for run in &runs {
+            let sequence = find(&mut self.running, run.sequence)
+                .expect("runs are made of running sequences");
+            sequence.in_flight = true;
+            ids.extend(&sequence.tokens[run.position..run.position + run.rows]);
+            if !sequence.opened {
+                sequence.opened = true;
+                open.push(OpenSequence {
+                    id: sequence.id,
+                    sampling: sequence.request.sampling,
+                    traceparent: sequence.request.traceparent.clone(),
+                });
+                events.push((sequence.key, SequenceEvent::Scheduled));
+            }
+        }
+        let step = self.next_step;
+        self.next_step += 1;
+        self.in_flight.push_back((step, runs.clone()));
+        let plan = StepPlan { step, open, close: std::mem::take(&mut self.closing), runs };
+        Some(Planned { plan, ids, events })
+    }
+
+    /// Takes in what the last stage computed.
+    pub fn apply(
+        &mut self,
+        result: StepResult,
+    ) -> Result<Vec<(RequestKey, SequenceEvent)>, ResultMismatch> {
+        let mismatch = |what| ResultMismatch { step: result.step, what };
+        let (step, runs) =
+            self.in_flight.pop_front().ok_or_else(|| mismatch("no step is under way"))?;
+        if step != result.step {
+            return Err(mismatch("an earlier step is due"));
+        }
+        let mut outcomes = result.results.into_iter().peekable();
+        let mut events = Vec::new();
+        for run in runs {
+            let index = self
+                .running
+                .iter()
+                .position(|sequence| sequence.id == run.sequence)
+                .expect("a sequence in flight stays running");
+            let outcome = outcomes.next_if(|result| result.sequence == run.sequence);
+            let sequence = &mut self.running[index];
+            sequence.in_flight = false;
+            sequence.computed += run.rows;
+            if sequence.cancelled {
+                self.close(index);
+                continue;
+            }
+            let limit = self.config.context_limit();
+            let told = sequence
+                .take_in(&run, outcome.map(|result| result.outcome), limit, self.config.vocab)
+                .map_err(|what| ResultMismatch { step, what })?;
+            let key = sequence.key;
+            if told.iter().any(ends) {
+                self.close(index);
+            }
+            events.extend(told.into_iter().map(|event| (key, event)));
+        }
+        if outcomes.next().is_some() {
+            return Err(ResultMismatch { step, what: "a result of a run that was not in the step" });
+        }
+        Ok(events)
+    }
+
+    /// Moves waiting sequences into free slots, in order, while their prompts find pages.
+    fn admit(&mut self) {
+        while self.running.len() < self.config.max_sequences {
+            let Some(next) = self.waiting.front() else { return };
+            let pages = pages_for(next.tokens.len());
+            if pages > self.free_pages {
+                return;
+            }
+            let mut sequence = self.waiting.pop_front().expect("it was just looked at");
+            self.free_pages -= pages;
+            sequence.pages = pages;
+            sequence.id = SequenceId(self.next_id);
+            self.next_id += 1;
+            self.running.push(sequence);
+        }
+    }
+
+    /// Returns one row for each sequence that waits for nothing but its next token.
+    fn plan_decode(&mut self) -> Vec<Run> {
+        let limit = self.sequences_per_step();
+        let ready: Vec<SequenceId> = self
+            .running
+            .iter()
+            .filter(|sequence| !sequence.in_flight && sequence.decodes())
+            .map(|sequence| sequence.id)
+            .take(limit)
+            .collect();
+        let mut runs: Vec<Run> = Vec::new();
+        for id in ready {
+            // An earlier turn of this loop may have preempted it.
+            let Some(sequence) = find(&mut self.running, id) else { continue };
+            let pages = pages_for(sequence.tokens.len());
+            let run = Run {
+                sequence: id,
+                position: sequence.computed,
+                rows: 1,
+                output: RunOutput::Sample,
+            };
+            if pages <= sequence.pages || self.grow(id, &runs) {
+                runs.push(run);
+            }
+        }
+        runs
+    }
+
+    /// Adds rows of prompts to `runs`, oldest sequences first.
+    fn plan_prefill(&mut self, runs: &mut Vec<Run>) {
+        let limit = self.sequences_per_step();
+        let mut budget = self.config.prefill_chunk;
+        for sequence in &self.running {
+            if budget == 0 || runs.len() >= limit {
+                return;
+            }
+            if sequence.in_flight || sequence.decodes() {
+                continue;
+            }
+            let rows = budget.min(sequence.tokens.len() - sequence.computed);
+            budget -= rows;
+            runs.push(Run {
+                sequence: sequence.id,
+                position: sequence.computed,
+                rows,
+                output: sequence.output_of(rows),
+            });
+        }
+    }
+
+    /// Returns how many sequences a step takes, so that as many steps as there are stages can be
+    /// under way.
+    fn sequences_per_step(&self) -> usize {
+        self.running.len().div_ceil(self.config.steps_in_flight)
+    }
+
+    /// Finds one more page for `id`, taking those of the youngest sequence if none is free. Returns
+    /// whether there is one.
+    fn grow(&mut self, id: SequenceId, planned: &[Run]) -> bool {
+        while self.free_pages == 0 {
+            let victim = self.running.iter().rposition(|sequence| {
+                !sequence.in_flight && planned.iter().all(|run| run.sequence != sequence.id)
+            });
+            match victim {
+                Some(index) if self.running[index].id == id => {
+                    // Alone it has room, by the context limit: it waits for the others to end.
+                    if self.running.len() > 1 {
+                        self.preempt(index);
+                    }
+                    return false;
+                }
+                Some(index) => self.preempt(index),
+                None => return false,
+            }
+        }
+        let sequence = find(&mut self.running, id).expect("only others were preempted");
+        sequence.pages += 1;
+        self.free_pages -= 1;
+        true
+    }
+
+    fn preempt(&mut self, index: usize) {
+        let mut sequence = self.close(index);
+        sequence.computed = 0;
+        sequence.opened = false;
+        sequence.scores = Scores::default();
+        self.waiting.push_front(sequence);
+    }
+
+    fn close(&mut self, index: usize) -> Sequence {
+        let mut sequence = self.running.remove(index);
+        if sequence.opened {
+            self.closing.push(sequence.id);
+        }
+        self.free_pages += sequence.pages;
+        sequence.pages = 0;
+        sequence
+    }
+}
+
+impl Sequence {
+    /// Returns whether only the row of the last token is missing, and a token is wanted after it.
+    fn decodes(&self) -> bool {
+        self.computed + 1 == self.tokens.len()
+            && matches!(self.request.output, Output::Generate { .. })
+    }
+
+    /// Returns what the last stage tells of the next `rows` rows.
+    fn output_of(&self, rows: usize) -> RunOutput {
+        let end = self.computed + rows;
+        match self.request.output {
+            Output::Score => RunOutput::Score(
+                self.tokens[self.computed + 1..self.tokens.len().min(end + 1)].to_vec(),
+            ),
+            Output::Generate { .. } if end == self.tokens.len() => RunOutput::Sample,
+            Output::Generate { .. } => RunOutput::None,
+        }
+    }
+
+    /// Takes in the answer to `run`; the error names what does not fit.
+    fn take_in(
+        &mut self,
+        run: &Run,
+        outcome: Option<RunOutcome>,
+        context: usize,
+        vocab: usize,
+    ) -> Result<Vec<SequenceEvent>, &'static str> {
+        match (&run.output, outcome) {
+            (_, Some(RunOutcome::NonFinite)) => {
+                Ok(vec![SequenceEvent::Failed(SequenceFailure::NonFinite)])
+            }
+            (RunOutput::None, None) => Ok(Vec::new()),
+            (RunOutput::Sample, Some(RunOutcome::Token(id))) => {
+                if id as usize >= vocab {
+                    return Err("a token id beyond the vocabulary");
+                }
+                let index = self.tokens.len() - self.request.prompt.len();
+                self.tokens.push(id);
+                let mut events = vec![SequenceEvent::Token { index, id }];
+                events.extend(self.stop_reason(context).map(SequenceEvent::Finished));
+                Ok(events)
+            }
+            (RunOutput::Score(targets), Some(RunOutcome::Scores(scores))) => {
+                if scores.logprobs.len() != targets.len() || scores.top_ids.len() != run.rows {
+                    return Err("as many scores as rows are due");
+                }
+                self.scores.logprobs.extend(scores.logprobs);
+                self.scores.top_ids.extend(scores.top_ids);
+                let done = self.computed == self.tokens.len();
+                let scores = done.then(|| std::mem::take(&mut self.scores));
+                Ok(scores.map(SequenceEvent::Scores).into_iter().collect())
+            }
+            _ => Err("a result of another kind is due"),
+        }
+    }
+
+    /// Returns why the completion is complete, if it is.
+    fn stop_reason(&self, context: usize) -> Option<StopReason> {
+        let Output::Generate { max_tokens, stop_ids } = &self.request.output else { return None };
+        let completion = &self.tokens[self.request.prompt.len()..];
+        if completion.last().is_some_and(|id| stop_ids.contains(id)) {
+            Some(StopReason::Eos)
+        } else if completion.len() >= *max_tokens {
+            Some(StopReason::MaxTokens)
+        } else if self.tokens.len() >= context {
+            Some(StopReason::Context)
+        } else {
+            None
+        }
+    }
+}
+
+fn find(running: &mut [Sequence], id: SequenceId) -> Option<&mut Sequence> {
+    running.iter_mut().find(|sequence| sequence.id == id)
+}
+
+fn ends(event: &SequenceEvent) -> bool {
+    !matches!(event, SequenceEvent::Scheduled | SequenceEvent::Token { .. })
+}
+
+#[cfg(test)]
+mod tests;

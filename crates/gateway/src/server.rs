@@ -21,7 +21,7 @@ use crate::service::{Service, Shared};
 use crate::{Config, Dialer, LeastOutstanding, Policy};
 
 /// How long the last messages of ended streams get to reach their clients.
-const FLUSH: Duration = Duration::from_secs(1);
+pub(crate) const FLUSH: Duration = Duration::from_secs(1);
 
 /// Names under which health is told: the whole server and its service.
 const HEALTH_NAMES: [&str; 2] = ["", "tercet.v1.Inference"];

@@ -30,6 +30,8 @@ pub(super) enum Play {
     Whole,
     /// Refuses it.
     Refuse(Status),
+    /// Does not answer at all.
+    Stall,
     /// Ends it with a status before that index.
     Fail { at: u32, status: Status },
     /// Ends it without `finished` before that index.
@@ -244,6 +246,9 @@ impl Inference for FakeService {
         let play = self.0.script.lock().unwrap().pop_front().unwrap_or(Play::Whole);
         if let Play::Refuse(status) = play {
             return Err(status);
+        }
+        if let Play::Stall = play {
+            std::future::pending::<()>().await;
         }
         // Room for one message: the worker is at most that far ahead of what the gateway read.
         let (messages, stream) = mpsc::channel(1);

@@ -52,6 +52,21 @@ async fn a_deadline_ends_the_stream_and_the_work() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_worker_too_slow_for_a_deadline_is_not_blamed() {
+    let bench = Bench::new(Config::default());
+    let (a, _a) = bench.worker(record("a", &["demo"])).await;
+    a.plays([Play::Stall]);
+    let mut hurried = Request::new(request(4));
+    hurried.set_timeout(Duration::from_secs(2));
+    let begun = Instant::now();
+    let stream = bench.generate(hurried).await.unwrap();
+    let got = collect(stream, Vec::new()).await;
+    assert_eq!(got.error.unwrap().code(), Code::DeadlineExceeded);
+    bench.get(request(4)).await.assert_undisturbed(SEED, 4, 0);
+    assert_eq!(begun.elapsed(), Duration::from_secs(2));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_deadline_also_bounds_the_search_for_a_worker() {
     let bench = Bench::new(Config::default());
     let (_worker, registration) = bench.worker(record("a", &["demo"])).await;

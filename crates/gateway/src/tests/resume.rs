@@ -2,6 +2,7 @@ use std::time::Duration;
 
 use tercet_proto::v1::generate_response::Event;
 use tercet_proto::{Reason, ResumeSpec, v1};
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tonic::{Code, Request, Status};
 
@@ -218,20 +219,31 @@ async fn a_stream_without_a_worker_ends_in_time() {
 #[tokio::test(start_paused = true)]
 async fn a_stream_never_goes_on_with_another_model() {
     let bench = Bench::new(Config::default());
-    let mut other = record("b", &[]);
-    other.models.push(model("demo", "another identity"));
+    let other = |id: &str| {
+        let mut other = record(id, &[]);
+        other.models.push(model("demo", "another identity"));
+        other
+    };
+    let (open, gate) = watch::channel(false);
     let (a, _a) = bench.worker(record("a", &["demo"])).await;
-    // Two of the first identity, so that it is the one in use.
-    let (c, c_registration) = bench.worker(record("c", &["demo"])).await;
-    let (b, _b) = bench.worker(other).await;
-    a.plays([Play::Cut { at: 5 }]);
-    c.plays([Play::Cut { at: 5 }]);
-    let stream = bench.generate(Request::new(request(TOKENS))).await.unwrap();
-    let got = collect(stream, Vec::new()).await;
-    assert_eq!(Reason::of(&got.error.unwrap()), Some(Reason::NoWorker));
-    assert_eq!(got.ids, expected(SEED, got.ids.len()));
-    assert!(b.seen().is_empty(), "{:?}", b.seen());
-    drop(c_registration);
+    a.plays([Play::Gate { at: 5, open: gate }, Play::Whole]);
+    let mut stream = bench.generate(Request::new(request(TOKENS))).await.unwrap();
+    read(&mut stream).await;
+    // From now on the other one is what the name stands for.
+    let (b, _b) = bench.worker(other("b")).await;
+    let (c, _c) = bench.worker(other("c")).await;
+    bench.get(request(TOKENS)).await.assert_undisturbed(SEED, 12, 0);
+    assert_eq!(b.seen().len() + c.seen().len(), 1);
+
+    a.wire.state.send_replace(WireState::Down);
+    open.send_replace(true);
+    let (ids, ()) = tokio::join!(rest(&mut stream), async {
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        a.wire.state.send_replace(WireState::Up);
+    });
+    assert_eq!(ids, expected(SEED, 12));
+    assert_eq!(a.seen().len(), 2);
+    assert_eq!(b.seen().len() + c.seen().len(), 1);
 }
 
 #[tokio::test(start_paused = true)]

@@ -23,6 +23,7 @@ use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 
 use super::bench::{SEED, expected, record, request};
 use super::fake::{FakeService, FakeWorker, Play, Wires};
+use crate::server::FLUSH;
 use crate::{Config, Dialer, Gateway, LocalDialer, Readiness, ServeError, TcpDialer};
 
 /// Longest wait for anything that happens at once.
@@ -211,6 +212,7 @@ async fn a_drain_ends_streams_that_do_not_finish() {
     until(&mut health, ServingStatus::Serving).await;
 
     served.stop();
+    let begun = Instant::now();
     let error = loop {
         match timeout(SOON, stream.message()).await.expect("the stream ends") {
             Ok(Some(_)) => {}
@@ -219,6 +221,7 @@ async fn a_drain_ends_streams_that_do_not_finish() {
         }
     };
     assert_eq!(Reason::of(&error), Some(Reason::Draining));
+    assert!(begun.elapsed() < FLUSH * 2, "told while there is time: {:?}", begun.elapsed());
     served.stopped().await;
     worker.until_active(0).await;
 }

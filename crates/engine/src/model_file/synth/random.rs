@@ -92,11 +92,9 @@ impl Stream {
                 // Ten values of six bits in the first word, six in the second.
                 let bits = words[at / 10] >> (at % 10 * 6) & 63;
                 // Of the 64 codes the lowest has no counterpart; it becomes zero.
-                #[expect(clippy::cast_possible_truncation, reason = "six bits")]
                 let code = bits as i8;
                 *value = if code == 0 { 0 } else { code - 32 };
             }
-            #[expect(clippy::cast_possible_truncation, reason = "two bits")]
             let scale = (words[1] >> 62) as i8;
             group.scale = scale + 1;
         }

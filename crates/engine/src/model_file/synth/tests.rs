@@ -123,7 +123,7 @@ fn decode(kind: TernaryType, bytes: &[u8]) -> Vec<u8> {
             let mut digits = |bytes: &[u8], count: usize| {
                 for power in &POWERS[..count] {
                     for byte in bytes {
-                        let top = u16::from(byte.wrapping_mul(*power)) * 3 >> 8;
+                        let top = (u16::from(byte.wrapping_mul(*power)) * 3) >> 8;
                         codes.push(u8::try_from(top).unwrap());
                     }
                 }

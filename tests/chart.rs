@@ -82,9 +82,10 @@ fn senseless_values_are_refused() -> Result<()> {
     let senseless = [
         ("worker.threads=0", "at '/worker/threads'"),
         ("worker.resources.limits.memory=4GB", "at '/worker/resources/limits/memory'"),
+        ("worker.kvMemory=1G", "at '/worker/kvMemory'"),
         ("image.pullPolicy=always", "at '/image/pullPolicy'"),
         ("otlp.endpoint=collector:4317", "at '/otlp/endpoint'"),
-        ("gateway.terminationGracePeriodSeconds=5", "at '/gateway/terminationGracePeriodSeconds'"),
+        ("gateway.terminationGracePeriodSeconds=14", "at '/gateway/terminationGracePeriodSeconds'"),
         ("etcd.bundled=false", "list the URLs of your etcd in etcd.endpoints"),
         ("etcd.endpoints={http://a:2379}", "set etcd.bundled to false"),
         ("worker.model.path=a.gguf", "worker.model.claim is empty"),

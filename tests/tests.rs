@@ -4,4 +4,10 @@
 
 mod architecture;
 mod chart;
+mod failover;
+mod fixtures;
+mod pipeline;
+mod pods;
+mod readme;
+mod trace;
 mod wire;

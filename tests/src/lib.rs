@@ -5,18 +5,24 @@
 //!   `tests/run`, which installs all of them, it fails.
 //! - [`Tercet`] is a running `tercet` that has bound its address; [`Etcd`] a running etcd; both end
 //!   when dropped. [`Process`] is what they are made of.
+//! - [`Client`] is a client of the public service, [`collect`] reads a stream and holds it to its
+//!   promises.
 //! - [`run`] runs a command to its end; [`Scratch`] is a directory for one test.
 //!
 //! The tests themselves are `tests.rs` and the modules it names.
 
+mod client;
 mod etcd;
+mod http;
 mod process;
 mod scratch;
 mod tercet;
 mod tools;
 
 pub use self::{
+    client::{Client, Completion, collect, greedy, sampled},
     etcd::Etcd,
+    http::http_get,
     process::{PATIENCE, Process, run},
     scratch::Scratch,
     tercet::{Tercet, connect, serving},

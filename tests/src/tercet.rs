@@ -1,6 +1,7 @@
 //! The binary `tercet`.
 
 use std::{
+    cell::RefCell,
     env,
     ffi::OsStr,
     path::{Path, PathBuf},
@@ -22,6 +23,8 @@ use crate::{PATIENCE, Process, run, workspace};
 pub struct Tercet {
     process: Process,
     address: String,
+    /// Lines said before the one of the gRPC listener.
+    earlier: Vec<String>,
 }
 
 impl Tercet {
@@ -70,15 +73,31 @@ impl Tercet {
         let mut command = Self::command(args);
         let name = format!("{:?}", command.get_args().collect::<Vec<_>>());
         let mut process = Process::start(&name, &mut command)?;
+        let earlier = RefCell::new(Vec::new());
         let address = process.line("line `listening on`", |line| {
+            earlier.borrow_mut().push(line.to_owned());
             line.strip_prefix("listening on ").map(str::to_owned)
         })?;
-        Ok(Self { process, address })
+        Ok(Self { process, address, earlier: earlier.into_inner() })
     }
 
     /// Returns the `HOST:PORT` of its gRPC listener.
     pub fn address(&self) -> &str {
         &self.address
+    }
+
+    /// Returns the `HOST:PORT` of another listener, by its name.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if it does not tell it.
+    pub fn listener(&mut self, name: &str) -> Result<String> {
+        let prefix = format!("{name} listening on ");
+        let find = |line: &str| line.strip_prefix(&prefix).map(str::to_owned);
+        if let Some(address) = self.earlier.iter().find_map(|line| find(line)) {
+            return Ok(address);
+        }
+        self.process.line(&format!("line `{prefix}`"), find)
     }
 
     /// Returns a new connection to its gRPC listener.

@@ -1,0 +1,153 @@
+//! A client of the public service.
+
+use anyhow::{Context as _, Result, bail, ensure};
+use tercet_proto::v1::{
+    self, Delta, Finished, GenerateRequest, GenerateResponse, Sampling, ScoreRequest,
+    ScoreResponse, Started, Stop, TokenIds, TokenizeRequest, generate_request::Input,
+    generate_response::Event, inference_client::InferenceClient,
+};
+use tonic::{Request, Streaming, transport::Channel};
+
+/// A connection to something that serves `tercet.v1.Inference`.
+#[derive(Clone, Debug)]
+pub struct Client {
+    inference: InferenceClient<Channel>,
+}
+
+/// A stream that has ended as it should.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Completion {
+    /// First message.
+    pub started: Started,
+    /// Token ids of all deltas.
+    pub ids: Vec<u32>,
+    /// Texts of all deltas.
+    pub text: String,
+    /// Last message.
+    pub finished: Finished,
+}
+
+impl Client {
+    /// Connects to an address.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if nothing takes the connection.
+    pub async fn connect(address: &str) -> Result<Self> {
+        Ok(Self { inference: InferenceClient::new(crate::connect(address).await?) })
+    }
+
+    /// Opens a stream.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the request is refused.
+    pub async fn open(
+        &self,
+        request: impl tonic::IntoRequest<GenerateRequest>,
+    ) -> Result<Streaming<GenerateResponse>> {
+        Ok(self.inference.clone().generate(request).await?.into_inner())
+    }
+
+    /// Generates a completion, to its end.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the stream breaks any of its promises.
+    pub async fn generate(&self, request: GenerateRequest) -> Result<Completion> {
+        collect(self.open(request).await?, |_| ()).await
+    }
+
+    /// Returns the token ids of a text.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the request is refused.
+    pub async fn tokenize(&self, text: &str) -> Result<Vec<u32>> {
+        let request = TokenizeRequest { model: String::new(), text: text.to_owned() };
+        let response = self.inference.clone().tokenize(request).await?.into_inner();
+        Ok(response.tokens.context("no tokens")?.ids)
+    }
+
+    /// Returns the scores of token ids.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the request is refused.
+    pub async fn score(&self, ids: Vec<u32>) -> Result<ScoreResponse> {
+        let request = ScoreRequest { model: String::new(), tokens: Some(TokenIds { ids }) };
+        Ok(self.inference.clone().score(request).await?.into_inner())
+    }
+
+    /// Returns the models served.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the request is refused.
+    pub async fn models(&self) -> Result<Vec<v1::ModelInfo>> {
+        let request = Request::new(v1::ListModelsRequest {});
+        Ok(self.inference.clone().list_models(request).await?.into_inner().models)
+    }
+}
+
+/// Reads a stream to its end, showing each delta to `see`.
+///
+/// # Errors
+///
+/// Returns an error if it fails, has no `started` or `finished`, or repeats or skips a token.
+pub async fn collect(
+    mut stream: Streaming<GenerateResponse>,
+    mut see: impl FnMut(&Delta),
+) -> Result<Completion> {
+    let mut started = None;
+    let (mut ids, mut text) = (Vec::new(), String::new());
+    while let Some(message) = stream.message().await? {
+        match message.event.context("a message without an event")? {
+            Event::Started(first) => {
+                ensure!(started.replace(first).is_none(), "started twice");
+            }
+            Event::Delta(delta) => {
+                ensure!(
+                    usize::try_from(delta.index)? == ids.len(),
+                    "a delta at {} after {} tokens",
+                    delta.index,
+                    ids.len()
+                );
+                see(&delta);
+                ids.extend(&delta.token_ids);
+                text.push_str(&delta.text);
+            }
+            Event::Finished(finished) => {
+                ensure!(stream.message().await?.is_none(), "a message after finished");
+                let started = started.context("finished without started")?;
+                return Ok(Completion { started, ids, text, finished });
+            }
+        }
+    }
+    bail!("the stream ended after {} tokens without finished", ids.len())
+}
+
+/// Returns a request to continue a text: greedy, on past the end of the text.
+pub fn greedy(input: Input, max_tokens: u32) -> GenerateRequest {
+    let sampling = Sampling { temperature: Some(0.0), ..Sampling::default() };
+    request(input, sampling, max_tokens)
+}
+
+/// Returns a request to continue a text: drawn with a seed, on past the end of the text.
+pub fn sampled(input: Input, seed: u64, max_tokens: u32) -> GenerateRequest {
+    let sampling = Sampling { seed: Some(seed), ..Sampling::default() };
+    request(input, sampling, max_tokens)
+}
+
+fn request(input: Input, sampling: Sampling, max_tokens: u32) -> GenerateRequest {
+    GenerateRequest {
+        input: Some(input),
+        sampling: Some(sampling),
+        stop: Some(Stop {
+            max_tokens: Some(max_tokens),
+            ignore_eos: Some(true),
+            ..Stop::default()
+        }),
+        ..GenerateRequest::default()
+    }
+}

@@ -175,10 +175,18 @@ pub(crate) fn read_master(tensor: &Tensor, kind: DenseType) -> Result<TernaryMat
     let mut lanes = [0.0_f64; 16];
     let mut at = 0;
     for row in rows() {
-        for value in floats(row)? {
-            lanes[at % 16] += f64::from(value).abs();
-            at += 1;
+        let values = floats(row)?;
+        // A row may begin in any lane; from lane 0 on, whole groups go through all of them.
+        let (begin, rest) = values.split_at(values.len().min((16 - at % 16) % 16));
+        for (lane, value) in lanes[at % 16..].iter_mut().zip(begin) {
+            *lane += f64::from(*value).abs();
         }
+        for group in rest.chunks(16) {
+            for (lane, value) in lanes.iter_mut().zip(group) {
+                *lane += f64::from(*value).abs();
+            }
+        }
+        at += values.len();
     }
     for width in [8, 4, 2, 1] {
         for lane in 0..width {

@@ -215,3 +215,26 @@ fn the_summary_counts_everything() {
     }
     assert_eq!(text.lines().count(), 12 + 35);
 }
+
+#[test]
+fn both_tokenizer_sources_give_the_ids_of_transformers() {
+    for (expected, names) in [
+        ("bitnet-packed", &["bitnet-packed", "bitnet-bf16", "gguf/bitnet-i2_s.gguf"][..]),
+        ("demo-model", &["demo-model", "../../crates/engine/demo-model/demo.gguf"]),
+    ] {
+        let text = std::fs::read_to_string(fixture(expected).join("expected.json")).unwrap();
+        let answers: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let cases = answers["cases"].as_array().unwrap();
+        assert!(!cases.is_empty());
+        for name in names {
+            let model = open(name);
+            let tokenizer =
+                tercet_text::Tokenizer::new(&model.tokenizer, model.special.clone()).unwrap();
+            for case in cases {
+                let prompt = case["prompt"].as_str().unwrap();
+                let ids = tokenizer.encode_prompt(prompt).unwrap();
+                assert_eq!(serde_json::json!(ids), case["prompt_ids"], "{name}: {prompt}");
+            }
+        }
+    }
+}

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use half::bf16;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
+use tercet_text::TokenizerSource;
 
 use super::*;
 use crate::model_file::tensors::Part;
@@ -292,4 +293,63 @@ fn weights_that_cannot_be_right_are_refused() {
     let mut master = Folder::new();
     master.config["quantization_config"]["quantization_mode"] = "online".into();
     assert!(master.error("master-u8").contains("has shape [24, 96]"));
+}
+
+#[test]
+fn tokenizers_that_gguf_keys_cannot_express_travel_whole() {
+    let to = TempFolder::new("normalizer");
+    let folder = Folder::new();
+    folder.write_config(&to);
+    Folder::write_tensors(&to.file("model.safetensors"), folder.tensors.iter());
+    let path = to.file("tokenizer.json");
+    let mut json: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    json["normalizer"] = json!({"type": "NFC"});
+    std::fs::write(&path, json.to_string()).unwrap();
+    let model = ModelFile::open(to.path()).unwrap();
+    let gguf = open_bytes(converted(&model, "normalizer-gguf")).unwrap();
+    assert!(matches!(&gguf.tokenizer, TokenizerSource::Json(text) if *text == json.to_string()));
+    assert_eq!(model.special, gguf.special);
+    assert_eq!(identity(&model), identity(&gguf));
+    assert_ne!(model.header_digest(), folder.open("no-normalizer").unwrap().header_digest());
+}
+
+#[test]
+fn masters_are_quantised_by_their_mean_whatever_the_row_length() {
+    let mut folder = Folder::new();
+    folder.config["quantization_config"]["quantization_mode"] = "online".into();
+    // Rows of 100 begin in different lanes of the sum.
+    for (name, size) in [("hidden_size", 100), ("intermediate_size", 160)] {
+        folder.config[name] = size.into();
+    }
+    folder.config["head_dim"] = 24.into();
+    folder.dense("model.embed_tokens.weight", &[512, 100], |_| 1.0);
+    folder.dense("model.norm.weight", &[100], |_| 1.0);
+    let shape = ModelConfig {
+        hidden: 100,
+        intermediate: 160,
+        heads: 4,
+        kv_heads: 4,
+        head_dim: 24,
+        ..ModelFile::open(&fixture("bitnet-packed")).unwrap().config
+    };
+    let weight = |at: usize| ((at * 37) % 64) as f32 / 32.0 - 1.0;
+    for layer in 0..2 {
+        for part in Part::ALL {
+            let name = format!("model.layers.{layer}.{}", part.folder_name());
+            match part.matrix(&shape) {
+                Some((rows, cols)) => folder.dense(&name, &[rows, cols], weight),
+                None => folder.dense(&name, &[part.width(&shape)], |_| 1.0),
+            }
+        }
+    }
+    let weights = load_all(&folder.open("master-rows").unwrap());
+    let q = &weights.layers[0].q;
+    // Sums of multiples of 1/32 are exact in any order.
+    let count = 96 * 100;
+    let mean = (0..count).map(|at| f64::from(weight(at)).abs()).sum::<f64>() / f64::from(9600_u32);
+    assert!((f64::from(q.scale()) - mean).abs() < 1e-7, "{} {mean}", q.scale());
+    for at in 0..count {
+        let expected = (f64::from(weight(at)) / mean).round_ties_even().clamp(-1.0, 1.0);
+        assert_eq!(f64::from(q.trit(at / 100, at % 100)), expected, "element {at}");
+    }
 }

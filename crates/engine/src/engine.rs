@@ -444,9 +444,9 @@ impl Computer {
                 }
                 Ok(Some(event)) => sink(event),
                 // `Engine::submit` has checked; the limits may have shrunk since.
-                Err(error) => sink(SequenceEvent::Failed(SequenceFailure::PipelineBroken(
-                    error.to_string(),
-                ))),
+                Err(error) => {
+                    sink(SequenceEvent::Failed(SequenceFailure::PipelineBroken(error.to_string())))
+                }
             },
             Command::Cancel(key) => {
                 if self.sinks.remove(&key).is_some() {

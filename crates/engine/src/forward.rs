@@ -10,7 +10,9 @@
 
 use std::ops::Range;
 
-use tercet_kernels::{AttentionScratch, ColumnsMut, Int8Rows, Kernels, Lead, MatrixMut, TernaryMatrix};
+use tercet_kernels::{
+    AttentionScratch, ColumnsMut, Int8Rows, Kernels, Lead, MatrixMut, TernaryMatrix,
+};
 
 use crate::{
     kv::{KvCache, PAGE_POSITIONS},
@@ -203,11 +205,8 @@ impl Forward<'_> {
         let n = rows.len();
         let config = self.config;
         let Workspace { hidden, normed, q, k, v, int8_hidden, .. } = &mut *self.work;
-        let norm = NormQuantize {
-            kernels: self.kernels,
-            weight: &layer.attn_norm,
-            eps: config.rms_eps,
-        };
+        let norm =
+            NormQuantize { kernels: self.kernels, weight: &layer.attn_norm, eps: config.rms_eps };
         norm.run(self.lead, hidden, normed, int8_hidden, failed);
         let kernels = self.kernels;
         let int8 = &*int8_hidden;
@@ -320,7 +319,11 @@ impl Forward<'_> {
             }
         });
         self.project(
-            Projection { norm: &layer.ffn_sub_norm, matrix: &layer.down, from: Source::FeedForward },
+            Projection {
+                norm: &layer.ffn_sub_norm,
+                matrix: &layer.down,
+                from: Source::FeedForward,
+            },
             n,
             failed,
         );
@@ -329,14 +332,7 @@ impl Forward<'_> {
     /// Norm, product, and addition to the hidden state.
     fn project(&mut self, projection: Projection<'_>, n: usize, failed: &mut [bool]) {
         let Workspace {
-            hidden,
-            normed,
-            attention,
-            gate,
-            product,
-            int8_attention,
-            int8_ffn,
-            ..
+            hidden, normed, attention, gate, product, int8_attention, int8_ffn, ..
         } = &mut *self.work;
         let (input, int8) = match projection.from {
             Source::Attention => (attention, int8_attention),
@@ -414,7 +410,12 @@ impl NormQuantize<'_> {
 }
 
 /// Splits n x width outputs by columns, one part for each thread.
-fn split<'a>(lead: &Lead<'_>, buffer: &'a mut [f32], n: usize, width: usize) -> Vec<ColumnsMut<'a>> {
+fn split<'a>(
+    lead: &Lead<'_>,
+    buffer: &'a mut [f32],
+    n: usize,
+    width: usize,
+) -> Vec<ColumnsMut<'a>> {
     let units = width.div_ceil(COLUMN_UNIT);
     let threads = lead.threads();
     let cuts: Vec<usize> =

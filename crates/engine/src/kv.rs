@@ -62,9 +62,7 @@ pub enum KvError {
         pages: usize,
     },
     /// Rows must follow the positions already held.
-    #[error(
-        "sequence {sequence} continues at position {position}, but {held} positions are held"
-    )]
+    #[error("sequence {sequence} continues at position {position}, but {held} positions are held")]
     Gap {
         /// The sequence.
         sequence: SequenceId,

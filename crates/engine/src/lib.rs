@@ -32,7 +32,9 @@ mod sampler;
 pub mod scheduler;
 
 pub use self::{
-    engine::{Attachment, Engine, EngineError, EngineOptions, EventSink, SequenceHandle, StepError},
+    engine::{
+        Attachment, Engine, EngineError, EngineOptions, EventSink, SequenceHandle, StepError,
+    },
     kv::{KvError, PAGE_POSITIONS},
     model_file::{ModelConfig, ModelError, ModelFile},
     pipeline::{Downstream, Followed, Follower, LinkLost, StageFrame},

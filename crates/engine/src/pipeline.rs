@@ -95,10 +95,10 @@ impl Follower {
     pub fn apply(&mut self, frame: StageFrame) -> Result<Followed, StepError> {
         let StageFrame { plan, activations } = frame;
         Ok(match self.runner.step(&plan, Input::Activations(activations))? {
-            Produced::Activations(activations) => Followed::Forward(StageFrame { plan, activations }),
-            Produced::Results(results) => {
-                Followed::Result(StepResult { step: plan.step, results })
+            Produced::Activations(activations) => {
+                Followed::Forward(StageFrame { plan, activations })
             }
+            Produced::Results(results) => Followed::Result(StepResult { step: plan.step, results }),
         })
     }
 }

@@ -149,9 +149,7 @@ impl Scheduler {
             return Err(SubmitError::EmptyPrompt);
         }
         let ids = request.prompt.iter().chain(&request.resumed);
-        if let Some((index, &id)) =
-            ids.enumerate().find(|&(_, &id)| id as usize >= config.vocab)
-        {
+        if let Some((index, &id)) = ids.enumerate().find(|&(_, &id)| id as usize >= config.vocab) {
             return Err(SubmitError::InvalidId { index, id, vocab: config.vocab });
         }
         let tokens = request.prompt.len() + request.resumed.len();
@@ -246,8 +244,8 @@ impl Scheduler {
         let mut events = Vec::new();
         let mut ids = Vec::new();
         for run in &runs {
-            let sequence = find(&mut self.running, run.sequence)
-                .expect("runs are made of running sequences");
+            let sequence =
+                find(&mut self.running, run.sequence).expect("runs are made of running sequences");
             sequence.in_flight = true;
             ids.extend(&sequence.tokens[run.position..run.position + run.rows]);
             if !sequence.opened {
@@ -305,7 +303,10 @@ impl Scheduler {
             events.extend(told.into_iter().map(|event| (key, event)));
         }
         if outcomes.next().is_some() {
-            return Err(ResultMismatch { step, what: "a result of a run that was not in the step" });
+            return Err(ResultMismatch {
+                step,
+                what: "a result of a run that was not in the step",
+            });
         }
         Ok(events)
     }

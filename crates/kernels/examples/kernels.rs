@@ -6,7 +6,7 @@
 //!     [--only NAME]
 //! ```
 //!
-//! Ternary matrices are cycled through `mib` of them, by default more than the last-level cache holds,
+//! Weights are cycled through `mib` of them, by default more than the last-level cache holds,
 //! as a model's layers are.
 //! Calls are short and timed one by one, so that most of them escape whatever else the machine
 //! does. Each line has the fastest tenth, the median and the slowest tenth of the calls. `GOPS`
@@ -33,7 +33,7 @@ use tercet_kernels::{
 };
 
 /// Rows of the head in one call.
-const HEAD_ROWS: usize = 4096;
+const HEAD_ROWS: usize = 2048;
 
 const TERNARY: [[usize; 2]; 3] = [[2560, 2560], [6912, 2560], [2560, 6912]];
 const HEAD: [usize; 2] = [128_256, 2560];
@@ -150,6 +150,8 @@ fn head(options: &Options, name: &str, kind: DenseType) -> Result<(), Box<dyn Er
     // Every half-precision number and scale stays normal.
     stored.fill_with(|| random.byte() & 0xbf | 0x20);
     let w = DenseMatrix::new(kind, rows, cols, stored.into())?;
+    let cycle =
+        (options.footprint / kind.row_bytes(cols)).clamp(HEAD_ROWS, rows) / HEAD_ROWS * HEAD_ROWS;
     let most = options.tokens.iter().copied().max().unwrap_or(1);
     let x = random.floats(most * cols);
     let mut out = vec![0.0; most * rows];
@@ -159,7 +161,7 @@ fn head(options: &Options, name: &str, kind: DenseType) -> Result<(), Box<dyn Er
             let times = measure(options.duration, threads, |lead| {
                 let cuts: Vec<_> =
                     (0..=threads).map(|i| first + i * HEAD_ROWS / threads / 16 * 16).collect();
-                first = (first + HEAD_ROWS) % (rows - rows % HEAD_ROWS);
+                first = (first + HEAD_ROWS) % cycle;
                 let mut parts = MatrixMut::new(&mut out[..n * rows], n, rows).split_columns(&cuts);
                 // Before the first and behind the last cut.
                 parts.remove(0);

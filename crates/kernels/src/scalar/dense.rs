@@ -63,6 +63,7 @@ fn block_q6_k(block: &[u8; q6_k::BYTES], out: &mut [f32; q6_k::WEIGHTS]) {
         let high = block[q6_k::HIGH + half * 32 + l] >> (2 * j) & 0b11;
         let value = (low | high << 4).cast_signed() - q6_k::ZERO;
         let group = block[q6_k::SCALES + i / q6_k::GROUP].cast_signed();
-        *out = scale * f32::from(group) * f32::from(value);
+        // The last addition only turns -0 into +0, which other variants get for nothing.
+        *out = scale * f32::from(group) * f32::from(value) + 0.0;
     }
 }

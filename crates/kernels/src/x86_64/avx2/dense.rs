@@ -1,37 +1,46 @@
 //! Products with dense matrices.
 //!
-//! One token: four rows at a time, dequantised into registers, since memory is the limit. Several
+//! A few tokens: some rows at a time, dequantised into registers, since memory is the limit. More
 //! tokens: a panel of four rows is dequantised into the first-level cache, a stretch of columns
 //! after the other, and multiplied with three tokens at a time.
 
 mod decode;
 mod direct;
+mod q6_k;
 
 use std::arch::x86_64::{_mm256_fmadd_ps, _mm256_setzero_ps};
 
-pub(super) use self::decode::row;
 use super::{
     lanes::{halves, halves_mut},
-    memory::{load, store},
+    memory::{load, prefetch, store},
 };
-use crate::{ColumnsMut, DenseMatrix, LANES, scalar::lanes};
+use crate::{ColumnsMut, DenseMatrix, DenseType, LANES, scalar::lanes};
 
 /// Rows of a panel.
 const PANEL: usize = 4;
 
 /// Columns that are dequantised before they are multiplied: whole blocks of every format. A panel
-/// takes 16 KB, and three tokens 12 KB, of a first-level cache of 32.
-const STRETCH: usize = 1024;
+/// takes 8 KB, and three tokens 6 KB, of a first-level cache of 32.
+const STRETCH: usize = 512;
 
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
 pub(super) fn matmul(w: &DenseMatrix, x: &[f32], mut out: ColumnsMut<'_>) {
-    if x.len() == w.cols() {
-        direct::matvec(w, x, out);
-        return;
+    // The dequantisation of Q6_K fills the registers: one row at a time.
+    match (x.len() / w.cols(), w.kind()) {
+        (0, _) => return,
+        (1, DenseType::Q6K) => return direct::matmul::<1, 1>(w, x, out),
+        (2, DenseType::Q6K) => return direct::matmul::<1, 2>(w, x, out),
+        (3, DenseType::Q6K) => return direct::matmul::<1, 3>(w, x, out),
+        (1, _) => return direct::matmul::<4, 1>(w, x, out),
+        (2, _) => return direct::matmul::<2, 2>(w, x, out),
+        (3, _) => return direct::matmul::<2, 3>(w, x, out),
+        (4, _) => return direct::matmul::<1, 4>(w, x, out),
+        _ => {}
     }
     let mut buffers = Buffers {
         panel: vec![0.0; PANEL * STRETCH],
         open: vec![[0.0; LANES]; PANEL * (x.len() / w.cols())],
+        factors: q6_k::Factors::default(),
     };
     let columns = out.columns();
     let mut row = columns.start;
@@ -51,6 +60,13 @@ struct Buffers {
     panel: Vec<f32>,
     /// Open sums: all rows of the panel for token 0, then for token 1, ...
     open: Vec<[f32; LANES]>,
+    factors: q6_k::Factors,
+}
+
+/// Dequantises a row.
+#[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
+pub(super) fn row(kind: DenseType, bytes: &[u8], out: &mut [f32]) {
+    decode::row(kind, bytes, out, &mut q6_k::Factors::default());
 }
 
 /// Multiplies `R` rows with all tokens.
@@ -74,12 +90,19 @@ fn panel<const R: usize>(
         for (r, (panel, row)) in panel.zip(&mut rows).enumerate() {
             let bytes = &w.row_bytes(first + r)[w.kind().row_bytes(start)..];
             let panel = &mut panel[..end - start];
-            decode::row(w.kind(), &bytes[..w.kind().row_bytes(end - start)], panel);
+            let bytes = &bytes[..w.kind().row_bytes(end - start)];
+            decode::row(w.kind(), bytes, panel, &mut buffers.factors);
             *row = panel;
         }
         let token = |t: usize| &x[t * cols + start..t * cols + end];
+        // The same stretch of the next panel, a part with each tile of tokens.
+        let here = w.row_bytes(first);
+        let mut wanted = R * (here.len() + w.kind().row_bytes(start));
+        let part = (R * w.kind().row_bytes(end - start)).div_ceil(tokens.div_ceil(3));
         let mut t = 0;
         while t < tokens {
+            prefetch(here, wanted, part);
+            wanted += part;
             let open = &mut open[R * t..];
             // Never a lone last token after three: it would leave half of the units idle.
             t += match tokens - t {

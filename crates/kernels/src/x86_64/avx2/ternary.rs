@@ -21,7 +21,7 @@ use std::arch::x86_64::{
     _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_si256, _mm256_srli_epi16,
 };
 
-use super::memory::{load, load_bytes, prefetch, store_bytes, store_ints};
+use super::memory::{load, load_bytes, prefetch_piece, store_bytes, store_ints};
 use crate::{
     ColumnsMut, Int8Rows, TERNARY_BLOCK, TernaryMatrix,
     pack::{BLOCK_BYTES, row_bytes},
@@ -31,13 +31,6 @@ use crate::{
 
 /// Blocks whose products are summed in 16 bits.
 const RUN: usize = 10;
-
-/// Distance of the prefetched bytes behind the next tile's start.
-///
-/// Rows are short and read several at a time, which the hardware takes for many streams that end
-/// at once, and leaves half of the memory's speed unused. But the rows of a tile are one piece of
-/// memory, and so are the tiles: the prefetch runs over them in order, at least one tile ahead.
-const AHEAD: usize = 2048;
 
 /// Largest code of two bits, and largest activation.
 const WORST: [usize; 2] = [3, 127];
@@ -189,8 +182,7 @@ fn tile<const R: usize, const T: usize>(
     activations: [&[[u8; TERNARY_BLOCK]]; T],
 ) -> [[i32; T]; R] {
     let blocks = weights[0].len();
-    let here = weights[0].as_flattened();
-    let ahead = R * here.len() + AHEAD;
+    let row = weights[0].as_flattened();
     // Equal lengths that the compiler can see.
     let mut weights = weights;
     for weights in &mut weights {
@@ -206,8 +198,9 @@ fn tile<const R: usize, const T: usize>(
         let end = blocks.min(start + RUN);
         let mut run = [[_mm256_setzero_si256(); T]; R];
         for block in start..end {
-            for line in 0..R.div_ceil(2) {
-                prefetch(here, (block * R + 2 * line) * BLOCK_BYTES + ahead);
+            // Two blocks of the tile are a line.
+            for pair in 0..R.div_ceil(2) {
+                prefetch_piece::<32>(row, R, block * R + 2 * pair);
             }
             let mut packed = [_mm256_setzero_si256(); R];
             for r in 0..R {

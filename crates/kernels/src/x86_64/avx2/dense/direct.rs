@@ -1,61 +1,82 @@
-//! The product with one token: rows are read once and never stored dequantised.
+//! Products with a few tokens: rows are read once and never stored dequantised.
 
 use std::arch::x86_64::{__m256, _mm256_fmadd_ps, _mm256_mul_ps, _mm256_set1_ps};
 
 use super::{
     super::{
         lanes::{Lanes, halves},
-        memory::{load, load_half},
+        memory::{load, load_half, prefetch_piece},
     },
-    decode::{bf16, f16, int8, split_q8_0, unpack_q6_k},
+    decode::{bf16, f16, int8, split_q8_0},
+    q6_k::{self, Factors},
 };
-use crate::{
-    ColumnsMut, DenseMatrix, DenseType, LANES,
-    dense::{q6_k, q8_0},
-    scalar,
-};
-
-/// Rows at once: their eight sums hide the latency of the additions.
-const ROWS: usize = 4;
+use crate::{ColumnsMut, DenseMatrix, DenseType, LANES, dense::q8_0, scalar};
 
 const F32: u8 = 0;
 const F16: u8 = 1;
 const BF16: u8 = 2;
 
+/// Multiplies all rows with `T` tokens, `R` rows at a time: as many sums as hide the latency of
+/// the additions and fit the registers.
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
-pub(super) fn matvec(w: &DenseMatrix, x: &[f32], mut out: ColumnsMut<'_>) {
+pub(super) fn matmul<const R: usize, const T: usize>(
+    w: &DenseMatrix,
+    x: &[f32],
+    mut out: ColumnsMut<'_>,
+) {
+    let mut factors = Factors::default();
+    let mut tokens: [&[f32]; T] = [&[]; T];
+    for (token, x) in tokens.iter_mut().zip(x.chunks_exact(w.cols())) {
+        *token = x;
+    }
     let columns = out.columns();
-    let out = out.row_mut(0);
-    let (fours, rest) = out.as_chunks_mut::<ROWS>();
     let mut row = columns.start;
-    for out in fours {
-        let mut rows: [&[u8]; ROWS] = [&[]; ROWS];
+    while row + R <= columns.end {
+        let mut rows: [&[u8]; R] = [&[]; R];
         for (r, bytes) in rows.iter_mut().enumerate() {
             *bytes = w.row_bytes(row + r);
         }
-        *out = products(w.kind(), rows, x);
-        row += ROWS;
+        let products = products(w.kind(), rows, tokens, &mut factors);
+        for t in 0..T {
+            let out = &mut out.row_mut(t)[row - columns.start..];
+            for (out, products) in out.iter_mut().zip(&products) {
+                *out = products[t];
+            }
+        }
+        row += R;
     }
-    for out in rest {
-        [*out] = products(w.kind(), [w.row_bytes(row)], x);
+    while row < columns.end {
+        let [products] = products(w.kind(), [w.row_bytes(row)], tokens, &mut factors);
+        for (t, product) in products.into_iter().enumerate() {
+            out.row_mut(t)[row - columns.start] = product;
+        }
         row += 1;
     }
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
-fn products<const R: usize>(kind: DenseType, rows: [&[u8]; R], x: &[f32]) -> [f32; R] {
+fn products<const R: usize, const T: usize>(
+    kind: DenseType,
+    rows: [&[u8]; R],
+    tokens: [&[f32]; T],
+    factors: &mut Factors,
+) -> [[f32; T]; R] {
     let sums = match kind {
-        DenseType::F32 => plain::<F32, 64, R>(rows, x),
-        DenseType::F16 => plain::<F16, 32, R>(rows, x),
-        DenseType::Bf16 => plain::<BF16, 32, R>(rows, x),
-        DenseType::Q8_0 => q8_0(rows, x),
-        DenseType::Q6K => q6_k(rows, x),
+        DenseType::F32 => plain::<F32, 64, R, T>(rows, tokens),
+        DenseType::F16 => plain::<F16, 32, R, T>(rows, tokens),
+        DenseType::Bf16 => plain::<BF16, 32, R, T>(rows, tokens),
+        DenseType::Q8_0 => q8_0(rows, tokens),
+        DenseType::Q6K => q6_k::products(rows, tokens, factors),
     };
-    let tail = &x[x.len() / LANES * LANES..];
-    let mut products = [0.0; R];
-    for ((product, sum), row) in products.iter_mut().zip(sums).zip(rows) {
-        *product = if tail.is_empty() { sum.fold() } else { finish(kind, sum, row, tail) };
+    let cols = tokens[0].len();
+    let whole = cols / LANES * LANES;
+    let mut products = [[0.0; T]; R];
+    for ((products, sums), row) in products.iter_mut().zip(sums).zip(rows) {
+        for ((product, sum), token) in products.iter_mut().zip(sums).zip(tokens) {
+            *product =
+                if whole == cols { sum.fold() } else { finish(kind, sum, row, &token[whole..]) };
+        }
     }
     products
 }
@@ -76,22 +97,33 @@ fn finish(kind: DenseType, sum: Lanes, row: &[u8], tail: &[f32]) -> f32 {
 /// Sums a format without blocks, whose 16 weights take `BYTES`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
-fn plain<const KIND: u8, const BYTES: usize, const R: usize>(
+fn plain<const KIND: u8, const BYTES: usize, const R: usize, const T: usize>(
     rows: [&[u8]; R],
-    x: &[f32],
-) -> [Lanes; R] {
-    let (x, _) = x.as_chunks::<LANES>();
+    tokens: [&[f32]; T],
+) -> [[Lanes; T]; R] {
+    let count = tokens[0].len() / LANES;
+    let mut x: [&[[f32; LANES]]; T] = [&[]; T];
+    for (x, token) in x.iter_mut().zip(tokens) {
+        *x = &token.as_chunks().0[..count];
+    }
     let mut chunks: [&[[u8; BYTES]]; R] = [&[]; R];
     for (chunks, row) in chunks.iter_mut().zip(rows) {
-        *chunks = &row.as_chunks().0[..x.len()];
+        *chunks = &row.as_chunks().0[..count];
     }
-    let mut sums = [Lanes::zero(); R];
-    for (i, x) in x.iter().enumerate() {
-        let x = halves(x);
-        let (low, high) = (load(x.0), load(x.1));
-        for (sum, chunks) in sums.iter_mut().zip(chunks) {
-            sum.low = _mm256_fmadd_ps(plain_eight::<KIND, BYTES>(&chunks[i], 0), low, sum.low);
-            sum.high = _mm256_fmadd_ps(plain_eight::<KIND, BYTES>(&chunks[i], 1), high, sum.high);
+    let mut sums = [[Lanes::zero(); T]; R];
+    for i in 0..count {
+        for r in 0..R {
+            prefetch_piece::<BYTES>(rows[0], R, R * i + r);
+        }
+        for r in 0..R {
+            let low = plain_eight::<KIND, BYTES>(&chunks[r][i], 0);
+            let high = plain_eight::<KIND, BYTES>(&chunks[r][i], 1);
+            for t in 0..T {
+                let x = halves(&x[t][i]);
+                let sum = &mut sums[r][t];
+                sum.low = _mm256_fmadd_ps(low, load(x.0), sum.low);
+                sum.high = _mm256_fmadd_ps(high, load(x.1), sum.high);
+            }
         }
     }
     sums
@@ -117,48 +149,36 @@ fn plain_eight<const KIND: u8, const BYTES: usize>(bytes: &[u8; BYTES], half: us
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
-fn q8_0<const R: usize>(rows: [&[u8]; R], x: &[f32]) -> [Lanes; R] {
-    let (x, _) = x.as_chunks::<{ q8_0::WEIGHTS }>();
+fn q8_0<const R: usize, const T: usize>(rows: [&[u8]; R], tokens: [&[f32]; T]) -> [[Lanes; T]; R] {
+    let count = tokens[0].len() / q8_0::WEIGHTS;
+    let mut x: [&[[f32; q8_0::WEIGHTS]]; T] = [&[]; T];
+    for (x, token) in x.iter_mut().zip(tokens) {
+        *x = &token.as_chunks().0[..count];
+    }
     let mut blocks: [&[[u8; q8_0::BYTES]]; R] = [&[]; R];
     for (blocks, row) in blocks.iter_mut().zip(rows) {
-        *blocks = &row.as_chunks().0[..x.len()];
+        *blocks = &row.as_chunks().0[..count];
     }
-    let mut sums = [Lanes::zero(); R];
-    for (i, x) in x.iter().enumerate() {
-        for (sum, blocks) in sums.iter_mut().zip(blocks) {
-            let (scale, values) = split_q8_0(&blocks[i]);
-            for (x, values) in x.as_chunks().0.iter().zip(values.as_chunks().0) {
-                add_int8(sum, scale, values, x);
+    let mut sums = [[Lanes::zero(); T]; R];
+    for i in 0..count {
+        for r in 0..R {
+            prefetch_piece::<{ q8_0::BYTES }>(rows[0], R, R * i + r);
+        }
+        for r in 0..R {
+            let (scale, values) = split_q8_0(&blocks[r][i]);
+            let scale = _mm256_set1_ps(scale);
+            for (chunk, values) in values.as_chunks().0.as_chunks::<2>().0.iter().enumerate() {
+                // The products with the scale are exact.
+                let low = _mm256_mul_ps(int8(&values[0]), scale);
+                let high = _mm256_mul_ps(int8(&values[1]), scale);
+                for t in 0..T {
+                    let x = halves(&x[t][i].as_chunks().0[chunk]);
+                    let sum = &mut sums[r][t];
+                    sum.low = _mm256_fmadd_ps(low, load(x.0), sum.low);
+                    sum.high = _mm256_fmadd_ps(high, load(x.1), sum.high);
+                }
             }
         }
     }
     sums
-}
-
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
-fn q6_k<const R: usize>(rows: [&[u8]; R], x: &[f32]) -> [Lanes; R] {
-    let (x, _) = x.as_chunks::<{ q6_k::WEIGHTS }>();
-    let mut sums = [Lanes::zero(); R];
-    for (i, x) in x.iter().enumerate() {
-        for (sum, row) in sums.iter_mut().zip(rows) {
-            let block = unpack_q6_k(&row.as_chunks().0[i]);
-            let groups = block.values.as_chunks().0.iter().zip(block.scales);
-            for (x, (values, scale)) in x.as_chunks().0.iter().zip(groups) {
-                add_int8(sum, scale, values, x);
-            }
-        }
-    }
-    sums
-}
-
-/// Adds 16 signed bytes with one scale; the product with the scale is exact.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
-fn add_int8(sum: &mut Lanes, scale: f32, values: &[u8; LANES], x: &[f32; LANES]) {
-    let scale = _mm256_set1_ps(scale);
-    let (x_low, x_high) = halves(x);
-    let ([low, high], []) = values.as_chunks() else { unreachable!("16 is twice 8") };
-    sum.low = _mm256_fmadd_ps(_mm256_mul_ps(int8(low), scale), load(x_low), sum.low);
-    sum.high = _mm256_fmadd_ps(_mm256_mul_ps(int8(high), scale), load(x_high), sum.high);
 }

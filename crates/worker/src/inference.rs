@@ -1,0 +1,329 @@
+//! The `Inference` service.
+
+use std::{
+    collections::VecDeque,
+    hash::{BuildHasher as _, Hasher as _, RandomState},
+    sync::Arc,
+};
+
+use tercet_engine::{Engine, Output, SamplingParams, SequenceRequest, plan::Scores};
+use tercet_proto::{
+    GenerateSpec, Input, InvalidRequest, Reason, SamplingSpec, ScoreSpec, TokenizeSpec,
+    v1::{self, inference_server::Inference},
+};
+use tercet_telemetry::{Component, Operation};
+use tercet_text::StreamDecoder;
+use tokio::{
+    task,
+    time::{self, Instant},
+};
+use tonic::{Request, Response, Status};
+use tracing::{Instrument as _, Span};
+
+use crate::{
+    completion::{Completion, Limits},
+    core::{ActiveGuard, Core, Loaded, Phase, wire},
+    failure,
+    generation::{Generation, Held, Stream, Watched},
+    mailbox::{End, mailbox},
+    prompt::{self, Prompt},
+    span,
+};
+
+/// Serves requests for the model of one worker.
+#[derive(Clone, Debug)]
+pub(crate) struct InferenceService {
+    core: Arc<Core>,
+}
+
+/// A call as it came in.
+struct Call {
+    span: Span,
+    deadline: Option<Instant>,
+}
+
+impl Call {
+    fn new<T>(method: &'static str, request: &Request<T>) -> Self {
+        let timeout = tercet_proto::timeout(request.metadata());
+        Self {
+            span: span::server(method, request.metadata()),
+            deadline: timeout.and_then(|timeout| Instant::now().checked_add(timeout)),
+        }
+    }
+
+    /// Runs a call to its answer and records how it ended.
+    async fn answer<T>(
+        &self,
+        answer: impl Future<Output = Result<T, Status>>,
+    ) -> Result<Response<T>, Status> {
+        let answer = answer.instrument(self.span.clone()).await;
+        match &answer {
+            Ok(_) => span::record_ok(&self.span),
+            Err(status) => span::record_failed(&self.span, status),
+        }
+        answer.map(Response::new)
+    }
+}
+
+impl InferenceService {
+    pub(crate) fn new(core: Arc<Core>) -> Self {
+        Self { core }
+    }
+
+    /// Admits a generation and begins it.
+    async fn begin(&self, call: &Call, spec: GenerateSpec) -> Result<Stream, Status> {
+        // Counted before the phase is looked at, or a drain could overlook it.
+        let active = self.core.active.begin();
+        self.core.check_name(spec.model.as_deref())?;
+        let (_, engine) = self.core.serving()?;
+        let operation = match &spec.input {
+            Input::Chat(_) => Operation::Chat,
+            Input::Prompt(_) | Input::Tokens(_) => Operation::TextCompletion,
+        };
+        let model = &self.core.facts.name;
+        record_request(&call.span, operation, model, &spec);
+        let mut watched = Watched {
+            recorder: Some(self.core.metrics.request(Component::Worker, operation, model)),
+            span: call.span.clone(),
+            phase: None,
+        };
+        match self.submit(call.deadline, spec, engine, active, &mut watched).await {
+            Ok((generation, started)) => Ok(generation.into_stream(started, watched)),
+            Err(status) => {
+                watched.fail(&status);
+                Err(status)
+            }
+        }
+    }
+
+    /// Makes a request into a sequence and hands it to the engine.
+    async fn submit(
+        &self,
+        deadline: Option<Instant>,
+        spec: GenerateSpec,
+        engine: &Engine,
+        active: ActiveGuard,
+        watched: &mut Watched,
+    ) -> Result<(Generation, v1::Started), Status> {
+        let core = &self.core;
+        let held = Held { _room: core.admit()?, _active: active };
+        let seed = spec.seed().unwrap_or_else(draw_seed);
+        let GenerateSpec { input, sampling, stop, resume, .. } = spec;
+        let resumed = resume.map(|resume| resume.token_ids).unwrap_or_default();
+        let loaded = self.blocking(move |loaded| {
+            let prompt = Prompt::new(input, loaded)?;
+            let decoder = StreamDecoder::new(Arc::clone(&loaded.tokenizer), stop.strings);
+            Ok((prompt, decoder))
+        });
+        let (Prompt { ids: prompt, field }, decoder) = loaded.await?;
+
+        let prompt_tokens = prompt.len();
+        let limits = Limits {
+            max_tokens: stop
+                .max_tokens
+                .map_or(usize::MAX, |most| usize::try_from(most).unwrap_or(usize::MAX)),
+            stop_ids: if stop.ignore_eos { Vec::new() } else { core.facts.eos.clone() },
+            context: engine.context_limit(),
+        };
+        let tokens = prompt_tokens + resumed.len();
+        if tokens > limits.context {
+            return Err(failure::too_long(field, tokens, limits.context));
+        }
+        let mut completion = Completion::new(decoder, prompt_tokens, limits.clone());
+        completion.replay(&resumed).map_err(|index| {
+            let description = "ends the completion, yet more ids follow";
+            InvalidRequest::new(format!("resume.token_ids[{index}]"), description)
+        })?;
+
+        if let Some(recorder) = &watched.recorder {
+            recorder.prompt(wire(prompt_tokens));
+        }
+        let sequence = if completion.ended().is_some() {
+            None
+        } else {
+            watched.phase =
+                Some((span::Phase::Queue, span::phase(&watched.span, span::Phase::Queue)));
+            let (sink, mailbox) = mailbox();
+            let request = SequenceRequest {
+                prompt,
+                resumed,
+                sampling: self.sampling(sampling, seed),
+                output: Output::Generate {
+                    max_tokens: limits.max_tokens,
+                    stop_ids: limits.stop_ids,
+                },
+                traceparent: tercet_telemetry::traceparent_of(&watched.span),
+            };
+            let handle = engine
+                .submit(request, sink)
+                .map_err(|error| failure::submit(core, &error, field, prompt_tokens))?;
+            Some((mailbox, handle))
+        };
+        watched.span.record("gen_ai.request.seed", seed);
+        let started = v1::Started {
+            model: core.facts.name.clone(),
+            seed,
+            prompt_tokens: wire(prompt_tokens),
+        };
+        let generation = Generation {
+            core: Arc::clone(core),
+            completion,
+            sequence,
+            deadline,
+            _held: held,
+            outbox: VecDeque::new(),
+        };
+        Ok((generation, started))
+    }
+
+    /// Scores tokens.
+    async fn score_tokens(&self, call: &Call, spec: ScoreSpec) -> Result<Scores, Status> {
+        let core = &self.core;
+        let _active = core.active.begin();
+        core.check_name(spec.model.as_deref())?;
+        let (_, engine) = core.serving()?;
+        let _room = core.admit()?;
+        let length = spec.tokens.len();
+        let (sink, mailbox) = mailbox();
+        let request = SequenceRequest {
+            prompt: spec.tokens,
+            resumed: Vec::new(),
+            sampling: SamplingParams::greedy(),
+            output: Output::Score,
+            traceparent: tercet_telemetry::traceparent_of(&call.span),
+        };
+        // Dropped with this future when the caller goes away: that cancels the sequence.
+        let _handle = engine
+            .submit(request, sink)
+            .map_err(|error| failure::submit(core, &error, "tokens.ids", length))?;
+        loop {
+            let mail = tokio::select! {
+                biased;
+                () = core.evicted.cancelled() => return Err(core.draining()),
+                () = passed(call.deadline) => return Err(failure::deadline()),
+                mail = mailbox.receive() => mail,
+            };
+            match mail.end {
+                None => {}
+                Some(End::Scores(scores)) => return Ok(scores),
+                Some(End::Failed(failure)) => return Err(failure::sequence(core, &failure)),
+                Some(End::Finished | End::Dropped) => return Err(failure::engine_lost()),
+            }
+        }
+    }
+
+    /// Runs something that may take milliseconds.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Loaded) -> Result<T, Status> + Send + 'static,
+    ) -> Result<T, Status> {
+        let core = Arc::clone(&self.core);
+        let worked = task::spawn_blocking(move || work(core.ready()?));
+        worked.await.unwrap_or_else(|_| {
+            Err(Reason::Poison.status("the worker broke down over the text of the request"))
+        })
+    }
+
+    /// Fills in the model's defaults.
+    fn sampling(&self, asked: SamplingSpec, seed: u64) -> SamplingParams {
+        let defaults = &self.core.facts.generation;
+        SamplingParams {
+            temperature: asked.temperature.unwrap_or(defaults.temperature),
+            top_k: asked.top_k.unwrap_or(defaults.top_k),
+            top_p: asked.top_p.unwrap_or(defaults.top_p),
+            seed,
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Inference for InferenceService {
+    type GenerateStream = Stream;
+
+    async fn generate(
+        &self,
+        request: Request<v1::GenerateRequest>,
+    ) -> Result<Response<Stream>, Status> {
+        let call = Call::new("tercet.v1.Inference/Generate", &request);
+        let begun = async {
+            let spec = GenerateSpec::try_from(request.into_inner())?;
+            self.begin(&call, spec).await
+        };
+        // How it ends is recorded by the stream.
+        let begun = begun.instrument(call.span.clone()).await;
+        if let Err(status) = &begun {
+            span::record_failed(&call.span, status);
+        }
+        begun.map(Response::new)
+    }
+
+    async fn tokenize(
+        &self,
+        request: Request<v1::TokenizeRequest>,
+    ) -> Result<Response<v1::TokenizeResponse>, Status> {
+        let call = Call::new("tercet.v1.Inference/Tokenize", &request);
+        let tokenized = async {
+            let TokenizeSpec { model, text } = request.into_inner().into();
+            self.core.check_name(model.as_deref())?;
+            self.core.serving()?;
+            let ids =
+                self.blocking(move |loaded| Ok(prompt::encode(loaded, &text, "text")?)).await?;
+            Ok(v1::TokenizeResponse { tokens: Some(v1::TokenIds { ids }) })
+        };
+        call.answer(tokenized).await
+    }
+
+    async fn score(
+        &self,
+        request: Request<v1::ScoreRequest>,
+    ) -> Result<Response<v1::ScoreResponse>, Status> {
+        let call = Call::new("tercet.v1.Inference/Score", &request);
+        let scored = async {
+            let spec = ScoreSpec::try_from(request.into_inner())?;
+            let Scores { logprobs, top_ids } = self.score_tokens(&call, spec).await?;
+            Ok(v1::ScoreResponse { logprobs, top_ids })
+        };
+        call.answer(scored).await
+    }
+
+    async fn list_models(
+        &self,
+        request: Request<v1::ListModelsRequest>,
+    ) -> Result<Response<v1::ListModelsResponse>, Status> {
+        let call = Call::new("tercet.v1.Inference/ListModels", &request);
+        let models = match &*self.core.phase().borrow() {
+            // A later stage knows no identity, and nobody can ask it.
+            Phase::Ready(identity) if !identity.is_empty() => vec![self.core.facts.info(identity)],
+            _ => Vec::new(),
+        };
+        call.answer(std::future::ready(Ok(v1::ListModelsResponse { models }))).await
+    }
+}
+
+/// Returns when the deadline has passed; never without one.
+pub(crate) async fn passed(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Returns a number that nobody can guess well enough to matter: the standard library's hasher is
+/// keyed at random.
+fn draw_seed() -> u64 {
+    RandomState::new().build_hasher().finish()
+}
+
+fn record_request(span: &Span, operation: Operation, model: &str, spec: &GenerateSpec) {
+    span.record("gen_ai.operation.name", operation.as_str());
+    span.record("gen_ai.provider.name", "tercet");
+    span.record("gen_ai.request.model", model);
+    span.record("gen_ai.response.model", model);
+    span.record("gen_ai.request.max_tokens", spec.stop.max_tokens);
+    span.record("gen_ai.request.temperature", spec.sampling.temperature);
+    span.record("gen_ai.request.top_k", spec.sampling.top_k);
+    span.record("gen_ai.request.top_p", spec.sampling.top_p);
+    if let Some(resume) = &spec.resume {
+        span.record("tercet.resumed_tokens", resume.token_ids.len());
+    }
+}

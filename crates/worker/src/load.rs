@@ -1,0 +1,67 @@
+//! Reads a model into memory. Blocking: minutes for a large one.
+
+use std::sync::Arc;
+
+use tercet_engine::{Engine, EngineError, Follower, ModelError, ModelFile, demo};
+use tercet_telemetry::Metrics;
+use tercet_text::{ChatTemplate, TemplateError, Tokenizer, TokenizerError};
+use thiserror::Error;
+
+use crate::{
+    Config, ModelSource,
+    core::{Facts, Loaded, Role},
+    pipeline::Stage,
+};
+
+/// Why a model could not be loaded.
+#[derive(Debug, Error)]
+pub enum LoadError {
+    /// The model file is at fault.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The model file is at fault, or of a kind that is not supported.
+    #[error("build the tokenizer of the model")]
+    Tokenizer(#[from] TokenizerError),
+    /// The model file is at fault.
+    #[error("parse the chat template of the model")]
+    Template(#[from] TemplateError),
+    /// The configuration or the machine is at fault.
+    #[error("set up the engine")]
+    Engine(#[from] EngineError),
+    /// The machine is at fault.
+    #[error("start the thread of the pipeline stage")]
+    Thread(#[source] std::io::Error),
+}
+
+/// Opens the model, headers only.
+pub(crate) fn open(source: &ModelSource) -> Result<ModelFile, ModelError> {
+    match source {
+        ModelSource::BuiltIn => demo::model(),
+        ModelSource::Path(path) => ModelFile::open(path),
+    }
+}
+
+/// Loads the layers that the worker holds.
+pub(crate) fn load(
+    model: &ModelFile,
+    config: &Config,
+    facts: &Facts,
+    metrics: &Metrics,
+) -> Result<Loaded, LoadError> {
+    let tokenizer = Arc::new(Tokenizer::new(&model.tokenizer, model.special.clone())?);
+    let text = |id: Option<u32>| id.and_then(|id| tokenizer.token_text(id)).unwrap_or_default();
+    let (bos, eos) = (text(model.special.bos), text(model.special.eos.first().copied()));
+    let template = model.chat_template.as_deref();
+    let template = template.map(|source| ChatTemplate::new(source, bos, eos)).transpose()?;
+    let (role, parts) = if facts.is_later_stage() {
+        let follower = Follower::load(model, &config.engine)?;
+        let parts = follower.weights().part_digests();
+        let stage = Stage::start(follower, facts, &parts, metrics.clone());
+        (Role::Stage(stage.map_err(LoadError::Thread)?), parts)
+    } else {
+        let engine = Engine::load(model, &config.engine)?;
+        let parts = engine.part_digests();
+        (Role::Engine(Arc::new(engine)), parts)
+    };
+    Ok(Loaded { tokenizer, template, parts, role })
+}

@@ -1,0 +1,241 @@
+//! Steps and results as messages, and back. What comes from a peer is checked here as far as it can
+//! be without the stage's state.
+
+use bytes::Bytes;
+use tercet_engine::{
+    SamplingParams, StageFrame,
+    plan::{
+        OpenSequence, Run, RunOutcome, RunOutput, RunResult, Scores, SequenceId, StepPlan,
+        StepResult,
+    },
+};
+use tercet_proto::{Reason, v1};
+use thiserror::Error;
+
+use crate::core::wire as number;
+
+/// A message that no stage of this release sends.
+#[derive(Debug, Error, PartialEq)]
+pub(crate) enum WireError {
+    #[error("step {step}: {bytes} bytes of activations are not whole numbers of f32")]
+    Activations { step: u64, bytes: usize },
+    #[error("step {step}: sequence {sequence} opens with unusable sampler parameters")]
+    Sampler { step: u64, sequence: u64 },
+    #[error("step {step}: the result of sequence {sequence} is empty")]
+    Outcome { step: u64, sequence: u64 },
+    #[error("step {step}: sequence {sequence} failed in an unknown way: {failure}")]
+    Failure { step: u64, sequence: u64, failure: String },
+}
+
+/// Returns a step as a message.
+pub(crate) fn step(epoch: u64, frame: StageFrame) -> v1::Step {
+    let StageFrame { plan, activations } = frame;
+    let mut bytes = Vec::with_capacity(size_of_val(activations.as_slice()));
+    for value in &activations {
+        bytes.extend_from_slice(&value.to_le_bytes());
+    }
+    v1::Step {
+        epoch,
+        step: plan.step,
+        open: plan.open.into_iter().map(open).collect(),
+        close: plan.close.into_iter().map(|sequence| sequence.0).collect(),
+        runs: plan.runs.into_iter().map(run).collect(),
+        activations: Bytes::from(bytes),
+    }
+}
+
+fn open(open: OpenSequence) -> v1::OpenSequence {
+    let SamplingParams { temperature, top_k, top_p, seed } = open.sampling;
+    v1::OpenSequence {
+        sequence: open.id.0,
+        sampler: Some(v1::SamplerParameters { temperature, top_k, top_p, seed }),
+        traceparent: open.traceparent,
+    }
+}
+
+fn run(run: Run) -> v1::Run {
+    v1::Run {
+        sequence: run.sequence.0,
+        position: number(run.position),
+        rows: number(run.rows),
+        output: match run.output {
+            RunOutput::None => None,
+            RunOutput::Sample => Some(v1::run::Output::Sample(v1::SampleOutput {})),
+            RunOutput::Score(targets) => Some(v1::run::Output::Score(v1::ScoreOutput { targets })),
+        },
+    }
+}
+
+/// Reads a step.
+pub(crate) fn read_step(message: v1::Step) -> Result<StageFrame, WireError> {
+    let v1::Step { epoch: _, step, open, close, runs, activations } = message;
+    let (values, rest) = activations.as_chunks::<4>();
+    if !rest.is_empty() {
+        return Err(WireError::Activations { step, bytes: activations.len() });
+    }
+    let activations = values.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+    let open = open.into_iter().map(|open| read_open(step, open)).collect::<Result<_, _>>()?;
+    let close = close.into_iter().map(SequenceId).collect();
+    let runs = runs.into_iter().map(read_run).collect();
+    Ok(StageFrame { plan: StepPlan { step, open, close, runs }, activations })
+}
+
+fn read_open(step: u64, open: v1::OpenSequence) -> Result<OpenSequence, WireError> {
+    let v1::OpenSequence { sequence, sampler, traceparent } = open;
+    let usable = |sampler: &v1::SamplerParameters| {
+        sampler.temperature.is_finite()
+            && sampler.temperature >= 0.0
+            && sampler.top_p > 0.0
+            && sampler.top_p <= 1.0
+    };
+    let v1::SamplerParameters { temperature, top_k, top_p, seed } =
+        sampler.filter(usable).ok_or(WireError::Sampler { step, sequence })?;
+    let sampling = SamplingParams { temperature, top_k, top_p, seed };
+    Ok(OpenSequence { id: SequenceId(sequence), sampling, traceparent })
+}
+
+fn read_run(run: v1::Run) -> Run {
+    let size = |number: u32| usize::try_from(number).unwrap_or(usize::MAX);
+    Run {
+        sequence: SequenceId(run.sequence),
+        position: size(run.position),
+        rows: size(run.rows),
+        output: match run.output {
+            None => RunOutput::None,
+            Some(v1::run::Output::Sample(v1::SampleOutput {})) => RunOutput::Sample,
+            Some(v1::run::Output::Score(score)) => RunOutput::Score(score.targets),
+        },
+    }
+}
+
+/// Returns a result as a message.
+pub(crate) fn result(epoch: u64, result: StepResult) -> v1::StepResult {
+    let outcome = |outcome| match outcome {
+        RunOutcome::Token(id) => v1::run_result::Outcome::TokenId(id),
+        RunOutcome::Scores(Scores { logprobs, top_ids }) => {
+            v1::run_result::Outcome::Scores(v1::ScoreResult { logprobs, top_ids })
+        }
+        RunOutcome::NonFinite => {
+            v1::run_result::Outcome::Failure(Reason::NonFinite.as_str().to_owned())
+        }
+    };
+    let results = result
+        .results
+        .into_iter()
+        .map(|run| v1::RunResult { sequence: run.sequence.0, outcome: Some(outcome(run.outcome)) });
+    v1::StepResult { epoch, step: result.step, results: results.collect() }
+}
+
+/// Reads a result.
+pub(crate) fn read_result(message: v1::StepResult) -> Result<StepResult, WireError> {
+    let v1::StepResult { epoch: _, step, results } = message;
+    let read = |run: v1::RunResult| {
+        let sequence = run.sequence;
+        let outcome = match run.outcome.ok_or(WireError::Outcome { step, sequence })? {
+            v1::run_result::Outcome::TokenId(id) => RunOutcome::Token(id),
+            v1::run_result::Outcome::Scores(v1::ScoreResult { logprobs, top_ids }) => {
+                RunOutcome::Scores(Scores { logprobs, top_ids })
+            }
+            v1::run_result::Outcome::Failure(failure) if failure == Reason::NonFinite.as_str() => {
+                RunOutcome::NonFinite
+            }
+            v1::run_result::Outcome::Failure(failure) => {
+                return Err(WireError::Failure { step, sequence, failure });
+            }
+        };
+        Ok(RunResult { sequence: SequenceId(sequence), outcome })
+    };
+    let results = results.into_iter().map(read).collect::<Result<_, _>>()?;
+    Ok(StepResult { step, results })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame() -> StageFrame {
+        let sampling = SamplingParams { temperature: 0.7, top_k: 3, top_p: 0.9, seed: u64::MAX };
+        let run = |sequence, rows, output| Run {
+            sequence: SequenceId(sequence),
+            position: 5,
+            rows,
+            output,
+        };
+        StageFrame {
+            plan: StepPlan {
+                step: 9,
+                open: vec![OpenSequence {
+                    id: SequenceId(1),
+                    sampling,
+                    traceparent: "00-aa-bb-01".to_owned(),
+                }],
+                close: vec![SequenceId(0)],
+                runs: vec![
+                    run(1, 1, RunOutput::None),
+                    run(2, 1, RunOutput::Sample),
+                    run(3, 2, RunOutput::Score(vec![7])),
+                ],
+            },
+            activations: vec![0.0, -0.0, 1.5e-42, f32::MAX, f32::INFINITY, -1.0, 3.25, 1.0],
+        }
+    }
+
+    #[test]
+    fn steps_survive_the_wire_to_the_bit() {
+        let message = step(4, frame());
+        assert_eq!((message.epoch, message.step), (4, 9));
+        let read = read_step(message).unwrap();
+        let bits = |frame: &StageFrame| -> Vec<u32> {
+            frame.activations.iter().map(|value| value.to_bits()).collect()
+        };
+        assert_eq!(bits(&read), bits(&frame()));
+        assert_eq!(read.plan, frame().plan);
+
+        let nan = StageFrame { activations: vec![f32::NAN], ..frame() };
+        assert!(read_step(step(1, nan)).unwrap().activations[0].is_nan(), "marks a failed row");
+    }
+
+    #[test]
+    fn results_survive_the_wire() {
+        let outcomes = [
+            RunOutcome::Token(0),
+            RunOutcome::Scores(Scores { logprobs: vec![-0.5], top_ids: vec![1, 2] }),
+            RunOutcome::NonFinite,
+        ];
+        let results = (0..)
+            .zip(outcomes)
+            .map(|(sequence, outcome)| RunResult { sequence: SequenceId(sequence), outcome });
+        let given = StepResult { step: 3, results: results.collect() };
+        assert_eq!(read_result(result(1, given.clone())), Ok(given));
+    }
+
+    #[test]
+    fn malformed_messages_are_refused() {
+        let mut cut = step(1, frame());
+        cut.activations.truncate(7);
+        assert_eq!(read_step(cut), Err(WireError::Activations { step: 9, bytes: 7 }));
+
+        let unusable = WireError::Sampler { step: 9, sequence: 1 };
+        let spoil = |change: fn(&mut v1::SamplerParameters)| {
+            let mut message = step(1, frame());
+            change(message.open[0].sampler.as_mut().unwrap());
+            read_step(message)
+        };
+        assert_eq!(spoil(|sampler| sampler.temperature = f32::NAN), Err(unusable));
+        assert!(spoil(|sampler| sampler.temperature = -1.0).is_err());
+        assert!(spoil(|sampler| sampler.top_p = 0.0).is_err());
+        let mut without = step(1, frame());
+        without.open[0].sampler = None;
+        assert!(read_step(without).is_err());
+
+        let failed = |outcome| v1::StepResult {
+            epoch: 1,
+            step: 2,
+            results: vec![v1::RunResult { sequence: 3, outcome }],
+        };
+        let empty = WireError::Outcome { step: 2, sequence: 3 };
+        assert_eq!(read_result(failed(None)), Err(empty));
+        let failure = v1::run_result::Outcome::Failure("gremlins".to_owned());
+        assert!(matches!(read_result(failed(Some(failure))), Err(WireError::Failure { .. })));
+    }
+}

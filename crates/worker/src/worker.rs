@@ -1,0 +1,377 @@
+//! Binds the parts to a listener, and takes them down again.
+
+use std::{
+    convert::Infallible, error::Error as StdError, future::Future, pin::pin, sync::Arc,
+    time::Duration,
+};
+
+use futures::Stream;
+use tercet_cluster::{ClusterError, Registry};
+use tercet_engine::{
+    Engine, ModelError, ModelFile, Output, SamplingParams, SequenceRequest, model_file,
+};
+use tercet_proto::v1::{inference_server::InferenceServer, worker_server::WorkerServer};
+use tercet_telemetry::{Metrics, PageState, SequenceState};
+use thiserror::Error;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::watch,
+    task::{self, JoinSet},
+    time::{self, MissedTickBehavior},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::{Server, server::Connected};
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+use crate::{
+    Config, LoadError,
+    core::{Core, Facts, Phase, Role},
+    describe::DescribeService,
+    inference::InferenceService,
+    load,
+    mailbox::{End, mailbox},
+    membership,
+    pipeline::{PipelineService, head},
+};
+
+/// How long the last messages of ended streams get to reach their clients.
+const FLUSH: Duration = Duration::from_secs(1);
+/// How long background tasks may take to end, the leave from the registry included.
+const FAREWELL: Duration = Duration::from_secs(8);
+/// How often the load is measured and the compute thread looked after.
+const HEARTBEAT: Duration = Duration::from_millis(500);
+/// Bytes that may be under way on one stream before the receiver has to say that it keeps up: a
+/// prefill chunk of a wide model at least, or the links of a pipeline would wait.
+const STREAM_WINDOW: u32 = 16 << 20;
+/// The same for all streams of a connection.
+const CONNECTION_WINDOW: u32 = 32 << 20;
+
+/// A worker that is wired and not yet serving.
+#[derive(Debug)]
+pub struct Worker {
+    core: Arc<Core>,
+    registry: Arc<dyn Registry>,
+    model: ModelFile,
+}
+
+/// Why a worker cannot be built.
+#[derive(Debug, Error)]
+pub enum BuildError {
+    /// The configuration or the model file is at fault.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+}
+
+/// Why a worker does not serve, or serves no longer.
+#[derive(Debug, Error)]
+pub enum ServeError {
+    /// The model file, the configuration or the machine is at fault.
+    #[error("load the model")]
+    Load(#[from] LoadError),
+    /// The model file is at fault, or we are.
+    #[error("the warm-up generation failed: {0}")]
+    WarmUp(String),
+    /// Fault: us.
+    #[error("a task of the worker broke down: {0}")]
+    BrokeDown(String),
+    /// Fault: us.
+    #[error("the compute thread ended")]
+    EngineLost,
+    /// Another worker has taken the name over.
+    #[error("take part in the cluster")]
+    Cluster(#[from] ClusterError),
+    /// Fault: us.
+    #[error("describe the services for reflection")]
+    Reflection(#[source] tonic_reflection::server::Error),
+    /// Fault: the machine.
+    #[error("serve gRPC")]
+    Transport(#[source] tonic::transport::Error),
+}
+
+/// Tells how a worker is. Clones tell the same.
+#[derive(Clone, Debug)]
+pub struct Condition {
+    pub(crate) core: Arc<Core>,
+}
+
+impl Condition {
+    /// Returns whether the worker takes requests, or steps if it is a later stage, or why not.
+    pub fn ready(&self) -> Result<(), String> {
+        match &*self.core.phase().borrow() {
+            Phase::Ready(_) => Ok(()),
+            Phase::Loading(why) => Err((*why).to_owned()),
+            Phase::Draining => Err("draining".to_owned()),
+        }
+    }
+
+    /// Returns whether the worker is worth keeping, or why not. Depends on nothing outside of the
+    /// process.
+    pub fn live(&self) -> Result<(), String> {
+        if computes(&self.core) { Ok(()) } else { Err("the compute thread ended".to_owned()) }
+    }
+}
+
+impl Worker {
+    /// Opens the model, headers only, and wires a worker for it.
+    ///
+    /// # Errors
+    /// When the model cannot be opened or does not have the layers asked for.
+    pub fn build(
+        config: Config,
+        registry: Arc<dyn Registry>,
+        metrics: Metrics,
+    ) -> Result<Self, BuildError> {
+        let model = load::open(&config.model)?;
+        let facts = Facts::new(&model, &config);
+        let (start, end, layers) = (facts.layers.start, facts.layers.end, model.config.layers);
+        if start >= end || end > layers {
+            return Err(ModelError::Layers { start, end, layers }.into());
+        }
+        Ok(Self { core: Arc::new(Core::new(config, facts, metrics)), registry, model })
+    }
+
+    /// Returns what tells how the worker is.
+    pub fn condition(&self) -> Condition {
+        Condition { core: Arc::clone(&self.core) }
+    }
+
+    /// Serves the connections of `incoming` until `shutdown` resolves, then drains:
+    ///
+    /// 1. Health turns to NOT_SERVING, the registry says draining, and new requests are refused
+    ///    with UNAVAILABLE (DRAINING).
+    /// 2. Streams finish. Those left after `drain_timeout` end with UNAVAILABLE (DRAINING).
+    /// 3. The worker leaves the registry.
+    ///
+    /// The model is loaded meanwhile: until it is warm, requests are refused with UNAVAILABLE
+    /// (LOADING). Drains as well, and returns why, when the worker cannot go on. Dropping the
+    /// future ends everything at once and waits for the step that is being computed.
+    pub async fn serve<I, C, E>(
+        self,
+        incoming: I,
+        shutdown: impl Future<Output = ()> + Send,
+    ) -> Result<(), ServeError>
+    where
+        I: Stream<Item = Result<C, E>> + Send,
+        C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+        C::ConnectInfo: Clone + Send + Sync + 'static,
+        E: Into<Box<dyn StdError + Send + Sync>> + Send,
+    {
+        let Self { core, registry, model } = self;
+        let (done, closing) = (CancellationToken::new(), CancellationToken::new());
+        // With a dropped future, streams and links end as well.
+        let _guards = (done.clone().drop_guard(), core.evicted.clone().drop_guard());
+
+        let (reporter, health) = tonic_health::server::health_reporter();
+        report(&reporter, &core, false).await;
+        let server = Server::builder()
+            .http2_keepalive_interval(Some(core.config.keepalive_interval))
+            .http2_keepalive_timeout(Some(core.config.keepalive_timeout))
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .add_service(health)
+            .add_service(reflection().build_v1().map_err(ServeError::Reflection)?)
+            .add_service(reflection().build_v1alpha().map_err(ServeError::Reflection)?)
+            .add_service(InferenceServer::new(InferenceService::new(Arc::clone(&core))))
+            .add_service(WorkerServer::new(DescribeService::new(Arc::clone(&core))))
+            .add_service(PipelineService::server(Arc::clone(&core)))
+            .serve_with_incoming_shutdown(incoming, closing.clone().cancelled_owned());
+        let mut server = pin!(server);
+
+        let mut background = JoinSet::new();
+        background.spawn(report_health(reporter, Arc::clone(&core), done.clone()));
+        background.spawn({
+            let part =
+                membership::take_part(Arc::clone(&core), Arc::clone(&registry), done.clone());
+            async move { Ok(part.await?) }
+        });
+        background.spawn(until(done.clone(), compute(Arc::clone(&core), model, registry)));
+        background.spawn(until(done.clone(), look_after(Arc::clone(&core))));
+
+        let (ended, accepting) = tokio::select! {
+            served = &mut server => (served.map_err(ServeError::Transport), false),
+            () = shutdown => (Ok(()), true),
+            // None of them ends by itself.
+            Some(ended) = background.join_next() => (flatten(ended), true),
+        };
+
+        core.enter(Phase::Draining);
+        tracing::info!(worker = %core.config.id, "draining");
+        {
+            let drain = pin!(drain(&core, &closing));
+            if accepting {
+                tokio::select! {
+                    // Its end is that of all connections: a failure now cuts nothing short.
+                    _ = &mut server => {}
+                    () = drain => {}
+                }
+            } else {
+                drain.await;
+            }
+        }
+        core.evicted.cancel();
+        done.cancel();
+        let tasks = core.tasks.clone();
+        let farewell = async {
+            while let Some(said) = background.join_next().await {
+                if let Err(error) = flatten(said) {
+                    tracing::warn!(error = &error as &dyn StdError, "a task ended badly");
+                }
+            }
+            tasks.close();
+            tasks.wait().await;
+        };
+        if time::timeout(FAREWELL, farewell).await.is_err() {
+            tracing::warn!("tasks are left after {FAREWELL:?}: they are dropped");
+        }
+        background.abort_all();
+        // Joins the compute thread.
+        drop(task::spawn_blocking(move || drop(core)).await);
+        ended
+    }
+}
+
+/// Lets streams finish, ends those that take too long, and closes the connections.
+async fn drain(core: &Core, closing: &CancellationToken) {
+    if time::timeout(core.config.drain_timeout, core.active.idle()).await.is_err() {
+        tracing::warn!("streams are left after the drain timeout: they end now");
+    }
+    core.evicted.cancel();
+    closing.cancel();
+    time::sleep(FLUSH).await;
+}
+
+/// Runs a task until it fails or `done`.
+async fn until(
+    done: CancellationToken,
+    task: impl Future<Output = Result<Infallible, ServeError>>,
+) -> Result<(), ServeError> {
+    match done.run_until_cancelled(task).await {
+        Some(Err(error)) => Err(error),
+        None => Ok(()),
+    }
+}
+
+fn flatten(ended: Result<Result<(), ServeError>, task::JoinError>) -> Result<(), ServeError> {
+    ended.unwrap_or_else(|error| Err(ServeError::BrokeDown(error.to_string())))
+}
+
+/// Loads the model, warms it up, and lets requests in.
+async fn compute(
+    core: Arc<Core>,
+    model: ModelFile,
+    registry: Arc<dyn Registry>,
+) -> Result<Infallible, ServeError> {
+    let loading = Arc::clone(&core);
+    let loaded = task::spawn_blocking(move || {
+        load::load(&model, &loading.config, &loading.facts, &loading.metrics)
+    });
+    let loaded = loaded.await.map_err(|error| ServeError::BrokeDown(error.to_string()))??;
+    core.install(loaded);
+    let Some(loaded) = core.loaded() else { return Err(ServeError::EngineLost) };
+    let identity: Arc<str> = match &loaded.role {
+        Role::Engine(engine) if engine.is_whole() => {
+            warm_up(engine).await.map_err(ServeError::WarmUp)?;
+            model_file::identity(&core.facts.header_digest, &loaded.parts).into()
+        }
+        Role::Engine(engine) => {
+            let engine = Arc::clone(engine);
+            return Ok(head::lead(Arc::clone(&core), engine, loaded, registry.watch()).await);
+        }
+        Role::Stage(stage) => {
+            stage.warm_up().await.map_err(ServeError::WarmUp)?;
+            "".into()
+        }
+    };
+    tracing::info!(
+        model = core.facts.name,
+        layers = core.facts.layers_label(),
+        %identity,
+        "the model is warm"
+    );
+    core.enter(Phase::Ready(identity));
+    std::future::pending().await
+}
+
+/// Generates two tokens: the weights are in memory then, and all parts have worked once.
+pub(crate) async fn warm_up(engine: &Engine) -> Result<(), String> {
+    let (sink, mailbox) = mailbox();
+    let request = SequenceRequest {
+        prompt: vec![0],
+        resumed: Vec::new(),
+        sampling: SamplingParams::greedy(),
+        output: Output::Generate { max_tokens: 2, stop_ids: Vec::new() },
+        traceparent: String::new(),
+    };
+    let _handle = engine.submit(request, sink).map_err(|error| error.to_string())?;
+    loop {
+        match mailbox.receive().await.end {
+            None => {}
+            Some(End::Finished) => return Ok(()),
+            Some(End::Failed(failure)) => return Err(failure.to_string()),
+            Some(End::Scores(_) | End::Dropped) => return Err("the engine broke down".to_owned()),
+        }
+    }
+}
+
+/// Measures the load, and notices when the compute thread is gone.
+async fn look_after(core: Arc<Core>) -> Result<Infallible, ServeError> {
+    let mut heartbeat = time::interval(HEARTBEAT);
+    heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        heartbeat.tick().await;
+        if !computes(&core) {
+            return Err(ServeError::EngineLost);
+        }
+        // A later stage counts by itself, step by step.
+        if let Some(Role::Engine(engine)) = core.loaded().map(|loaded| &loaded.role) {
+            let load = engine.load_now();
+            core.metrics.set_sequences(SequenceState::Running, load.running);
+            core.metrics.set_sequences(SequenceState::Waiting, load.waiting);
+            core.metrics.set_kv_pages(PageState::Used, load.pages_used);
+            core.metrics.set_kv_pages(PageState::Free, load.pages - load.pages_used);
+        }
+    }
+}
+
+/// Returns whether the compute thread runs, or is still to be started.
+fn computes(core: &Core) -> bool {
+    core.loaded().is_none_or(|loaded| match &loaded.role {
+        Role::Engine(engine) => engine.is_alive(),
+        Role::Stage(stage) => stage.is_alive(),
+    })
+}
+
+/// Tells health as the phase changes.
+async fn report_health(
+    reporter: HealthReporter,
+    core: Arc<Core>,
+    done: CancellationToken,
+) -> Result<(), ServeError> {
+    let mut phase: watch::Receiver<Phase> = core.phase();
+    loop {
+        let ready = matches!(&*phase.borrow_and_update(), Phase::Ready(_));
+        report(&reporter, &core, ready).await;
+        tokio::select! {
+            changed = phase.changed() => if changed.is_err() { return Ok(()) },
+            () = done.cancelled() => return Ok(()),
+        }
+    }
+}
+
+/// Tells the health of the server and its services.
+async fn report(reporter: &HealthReporter, core: &Core, ready: bool) {
+    let served =
+        if core.facts.is_later_stage() { "tercet.v1.Pipeline" } else { "tercet.v1.Inference" };
+    let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
+    for name in ["", served] {
+        reporter.set_service_status(name, status).await;
+    }
+    // Answers whatever the phase.
+    reporter.set_service_status("tercet.v1.Worker", ServingStatus::Serving).await;
+}
+
+fn reflection() -> tonic_reflection::server::Builder<'static> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(tercet_proto::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+}

@@ -445,7 +445,7 @@ impl Computer {
                 Ok(Some(event)) => sink(event),
                 // `Engine::submit` has checked; the limits may have shrunk since.
                 Err(error) => {
-                    sink(SequenceEvent::Failed(SequenceFailure::PipelineBroken(error.to_string())))
+                    sink(SequenceEvent::Failed(SequenceFailure::PipelineBroken(error.to_string())));
                 }
             },
             Command::Cancel(key) => {

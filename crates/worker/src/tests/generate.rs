@@ -1,3 +1,5 @@
+use std::cell::Cell;
+
 use tercet_proto::{
     InvalidRequest,
     v1::{FinishReason, worker_client::WorkerClient},
@@ -123,11 +125,15 @@ async fn a_dropped_stream_frees_its_sequence() {
         streams.push(stream);
     }
     drop(streams);
+    let most_pages = Cell::new(0);
     eventually("the engine is idle", || {
         let load = node.load();
+        most_pages.set(load.pages_used.max(most_pages.get()));
         load.running + load.waiting + load.pages_used == 0
     })
     .await;
+    // Completions computed to their ends would have filled 16 pages each.
+    assert!(most_pages.get() < 4 * 8, "{} pages were filled for nobody", most_pages.get());
     let cancelled = |line: &str| {
         line.starts_with("gen_ai_server_request_duration_seconds_count")
             && line.contains("error_type=\"CANCELLED\"")

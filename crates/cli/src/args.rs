@@ -1,0 +1,380 @@
+//! The command line: every setting once, with its flag, its environment variable and its help.
+
+mod values;
+
+use std::{num::NonZeroUsize, path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand};
+use tercet_cluster::{ClusterName, WorkerId};
+use tercet_engine::{
+    EngineOptions,
+    model_file::synth::{HeadType, Shape, TernaryType},
+};
+use tercet_kernels::Isa;
+use tercet_telemetry::LogFormat;
+
+pub(crate) use self::values::{ByteSize, Layers};
+use self::values::{byte_size, duration, fraction, layers, temperature};
+
+/// Where servers listen and clients connect unless told otherwise.
+const DEFAULT_ADDRESS: &str = "127.0.0.1:7171";
+
+/// Serves ternary language models from CPUs, alone or as a cluster.
+#[derive(Debug, Parser)]
+#[command(name = "tercet", version, propagate_version = true, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Serve a model from this process alone: gateway and worker in one
+    Serve(ServeArgs),
+    /// Serve a model, or some layers of it, as a part of a cluster
+    Worker(WorkerArgs),
+    /// Serve the models of a cluster's workers at one address
+    Gateway(GatewayArgs),
+    /// Continue a prompt and print the text as it comes
+    Generate(GenerateArgs),
+    /// Talk with a model, line by line
+    Chat(ChatArgs),
+    /// Measure prefill and decode speed of the engine
+    Bench(BenchArgs),
+    /// Look into model files, convert them, make them up
+    Model(ModelCommand),
+}
+
+/// Logs of every command.
+#[derive(Args, Debug)]
+pub(crate) struct LogArgs {
+    /// What to log to stderr, such as `info` or `warn,tercet_gateway=debug` [default: info for
+    /// servers, warn for all else]
+    #[arg(long = "log", env = "TERCET_LOG", value_name = "FILTER", global = true)]
+    pub(crate) filter: Option<String>,
+    /// Form of the log lines: text or json
+    #[arg(long = "log-format", env = "TERCET_LOG_FORMAT", value_name = "FORMAT", global = true)]
+    #[arg(default_value_t)]
+    pub(crate) format: LogFormat,
+}
+
+/// `tercet serve`.
+#[derive(Args, Debug)]
+pub(crate) struct ServeArgs {
+    #[command(flatten)]
+    pub(crate) model: ServedModelArgs,
+    /// Address to serve gRPC at; port 0 takes a free one
+    #[arg(long, env = "TERCET_LISTEN", value_name = "HOST:PORT", default_value = DEFAULT_ADDRESS)]
+    pub(crate) listen: String,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+    #[command(flatten)]
+    pub(crate) gateway: GatewayLimits,
+    #[command(flatten)]
+    pub(crate) server: ServerArgs,
+}
+
+/// `tercet worker`.
+#[derive(Args, Debug)]
+pub(crate) struct WorkerArgs {
+    #[command(flatten)]
+    pub(crate) model: ServedModelArgs,
+    /// Layers to hold, the end excluded, such as 0..15: several workers then serve one model as a
+    /// pipeline [default: all]
+    #[arg(long, env = "TERCET_LAYERS", value_name = "A..B", value_parser = layers)]
+    pub(crate) layers: Option<Layers>,
+    /// Address to serve gRPC at; port 0 takes a free one
+    #[arg(long, env = "TERCET_LISTEN", value_name = "HOST:PORT", default_value = "127.0.0.1:7172")]
+    pub(crate) listen: String,
+    /// Address at which gateways and other workers reach this one [default: the bound address]
+    #[arg(long, env = "TERCET_ADVERTISE", value_name = "HOST:PORT")]
+    pub(crate) advertise: Option<String>,
+    /// Name of this worker in the cluster; a worker of the same name started later replaces it
+    /// [default: the advertised address]
+    #[arg(long, env = "TERCET_WORKER_ID", value_name = "ID")]
+    pub(crate) id: Option<WorkerId>,
+    #[command(flatten)]
+    pub(crate) cluster: ClusterArgs,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+    #[command(flatten)]
+    pub(crate) server: ServerArgs,
+}
+
+/// `tercet gateway`.
+#[derive(Args, Debug)]
+pub(crate) struct GatewayArgs {
+    /// Address to serve gRPC at; port 0 takes a free one
+    #[arg(long, env = "TERCET_LISTEN", value_name = "HOST:PORT", default_value = DEFAULT_ADDRESS)]
+    pub(crate) listen: String,
+    #[command(flatten)]
+    pub(crate) cluster: ClusterArgs,
+    #[command(flatten)]
+    pub(crate) limits: GatewayLimits,
+    #[command(flatten)]
+    pub(crate) server: ServerArgs,
+}
+
+/// The model of a server.
+#[derive(Args, Debug)]
+pub(crate) struct ServedModelArgs {
+    /// GGUF file or Hugging Face folder to serve [default: the built-in demo model]
+    #[arg(long, env = "TERCET_MODEL", value_name = "PATH")]
+    pub(crate) model: Option<PathBuf>,
+    /// Name of the model in requests [default: the model's own]
+    #[arg(long, env = "TERCET_NAME", value_name = "NAME")]
+    pub(crate) name: Option<String>,
+}
+
+/// The cluster to be part of.
+#[derive(Args, Debug)]
+pub(crate) struct ClusterArgs {
+    /// The cluster's etcd; several members separated by commas
+    #[arg(long, env = "TERCET_ETCD", value_name = "URL", value_delimiter = ',', required = true)]
+    pub(crate) etcd: Vec<String>,
+    /// Name of the cluster: workers and gateways of one name find each other
+    #[arg(long, env = "TERCET_CLUSTER", value_name = "NAME", default_value = "default")]
+    pub(crate) cluster: ClusterName,
+}
+
+/// What computes.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct ComputeArgs {
+    /// Compute threads [default: the CPUs this process may use]
+    #[arg(long, env = "TERCET_THREADS", value_name = "N")]
+    threads: Option<NonZeroUsize>,
+    /// Instruction set: scalar or avx2 [default: the best this CPU has]
+    #[arg(long, env = "TERCET_ISA", value_name = "ISA")]
+    pub(crate) isa: Option<Isa>,
+    /// Most prompt tokens computed in one step, between the tokens of running sequences
+    #[arg(long, env = "TERCET_PREFILL_CHUNK", value_name = "N", default_value = "128")]
+    pub(crate) prefill_chunk: NonZeroUsize,
+}
+
+impl ComputeArgs {
+    /// Returns the number of compute threads.
+    pub(crate) fn threads(&self) -> usize {
+        let available = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        self.threads.unwrap_or_else(available).get()
+    }
+}
+
+/// How a model is computed, and how much of it at once.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct EngineArgs {
+    #[command(flatten)]
+    compute: ComputeArgs,
+    /// Most memory for the keys and values of sequences
+    #[arg(long, env = "TERCET_KV_MEMORY", value_name = "SIZE", value_parser = byte_size)]
+    #[arg(default_value = "1GiB")]
+    kv_memory: ByteSize,
+    /// Most sequences computed at once
+    #[arg(long, env = "TERCET_MAX_SEQUENCES", value_name = "N", default_value = "32")]
+    max_sequences: NonZeroUsize,
+    /// Most sequences waiting for their turn; more are refused
+    #[arg(long, env = "TERCET_MAX_WAITING", value_name = "N", default_value = "256")]
+    max_waiting: NonZeroUsize,
+}
+
+impl EngineArgs {
+    /// Returns the options of an engine that holds `layers`, or all.
+    pub(crate) fn options(&self, layers: Option<&Layers>) -> EngineOptions {
+        EngineOptions {
+            threads: self.compute.threads(),
+            isa: self.compute.isa,
+            layers: layers.map(|layers| layers.0.clone()),
+            kv_bytes: self.kv_memory.0,
+            max_sequences: self.max_sequences.get(),
+            max_waiting: self.max_waiting.get(),
+            prefill_chunk: self.compute.prefill_chunk.get(),
+        }
+    }
+}
+
+/// What a gateway takes on.
+#[derive(Args, Debug)]
+pub(crate) struct GatewayLimits {
+    /// Most generations and scorings in progress; more are refused
+    #[arg(long, env = "TERCET_MAX_STREAMS", value_name = "N", default_value_t = 1024)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) max_streams: u32,
+    /// Longest wait for a worker that can take a request
+    #[arg(long, env = "TERCET_WORKER_WAIT", value_name = "TIME", value_parser = duration)]
+    #[arg(default_value = "10s")]
+    pub(crate) worker_wait: Duration,
+    /// At shutdown, how long connections are still accepted and requests refused, so that load
+    /// balancers notice first
+    #[arg(long, env = "TERCET_DRAIN_DELAY", value_name = "TIME", value_parser = duration)]
+    #[arg(default_value = "0s")]
+    pub(crate) drain_delay: Duration,
+}
+
+/// What all servers have.
+#[derive(Args, Debug)]
+pub(crate) struct ServerArgs {
+    /// At shutdown, how long streams get to finish before they are told to resume elsewhere
+    #[arg(long, env = "TERCET_DRAIN_TIMEOUT", value_name = "TIME", value_parser = duration)]
+    #[arg(default_value = "30s")]
+    pub(crate) drain_timeout: Duration,
+    /// Address to serve /metrics, /livez and /readyz at [default: nowhere]
+    #[arg(long, env = "TERCET_METRICS_LISTEN", value_name = "HOST:PORT")]
+    pub(crate) metrics_listen: Option<String>,
+    /// OTLP/gRPC collector to send traces to, such as http://127.0.0.1:4317 [default: none]
+    #[arg(long, env = "TERCET_OTLP_ENDPOINT", value_name = "URL")]
+    pub(crate) otlp_endpoint: Option<String>,
+}
+
+/// Where a client command finds its model.
+#[derive(Args, Debug)]
+pub(crate) struct BackendArgs {
+    /// Server to ask; without it the model is computed in this process
+    #[arg(long, env = "TERCET_CONNECT", value_name = "HOST:PORT")]
+    pub(crate) connect: Option<String>,
+    /// With --connect, the name of a model there; without, a GGUF file or a Hugging Face folder
+    /// [default: the server's only model; the built-in demo model]
+    #[arg(long, env = "TERCET_MODEL", value_name = "NAME_OR_PATH")]
+    pub(crate) model: Option<String>,
+    #[command(flatten)]
+    pub(crate) engine: ComputeArgs,
+}
+
+/// How tokens are chosen and when a text ends.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct SamplingArgs {
+    /// Most tokens to generate [default: what is left of the context]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) max_tokens: Option<u32>,
+    /// Makes the draws repeatable: the same seed gives the same text [default: drawn]
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+    /// Flattens (above 1) or sharpens (below 1) the choice; 0 takes the likeliest token
+    /// [default: the model's]
+    #[arg(long, env = "TERCET_TEMPERATURE", value_name = "T", value_parser = temperature)]
+    pub(crate) temperature: Option<f32>,
+    /// Chooses among the N likeliest tokens; 0 among all [default: the model's]
+    #[arg(long, env = "TERCET_TOP_K", value_name = "N")]
+    pub(crate) top_k: Option<u32>,
+    /// Chooses among the likeliest tokens that together have this probability [default: the
+    /// model's]
+    #[arg(long, env = "TERCET_TOP_P", value_name = "P", value_parser = fraction)]
+    pub(crate) top_p: Option<f32>,
+    /// Ends the text before this string; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) stop: Vec<String>,
+    /// Goes on past the tokens that end a text
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
+}
+
+/// `tercet generate`.
+#[derive(Args, Debug)]
+pub(crate) struct GenerateArgs {
+    #[command(flatten)]
+    pub(crate) backend: BackendArgs,
+    /// Text to continue
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(crate) prompt: String,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+}
+
+/// `tercet chat`.
+#[derive(Args, Debug)]
+pub(crate) struct ChatArgs {
+    #[command(flatten)]
+    pub(crate) backend: BackendArgs,
+    /// What the model is told before the conversation
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) system: Option<String>,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+}
+
+/// `tercet bench`.
+#[derive(Args, Debug)]
+pub(crate) struct BenchArgs {
+    /// GGUF file or Hugging Face folder to measure [default: the built-in demo model]
+    #[arg(long, env = "TERCET_MODEL", value_name = "PATH")]
+    pub(crate) model: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) engine: ComputeArgs,
+    /// Tokens of each prompt
+    #[arg(long, value_name = "N", default_value = "128")]
+    pub(crate) prompt: NonZeroUsize,
+    /// Tokens to generate after each prompt; 0 measures prefill alone
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub(crate) generate: usize,
+    /// Sequences at once
+    #[arg(long, value_name = "N", default_value = "1")]
+    pub(crate) batch: NonZeroUsize,
+    /// Measurements; one more before them warms up
+    #[arg(long, value_name = "N", default_value = "3")]
+    pub(crate) repeat: NonZeroUsize,
+    /// Prints JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `tercet model`.
+#[derive(Args, Debug)]
+pub(crate) struct ModelCommand {
+    #[command(subcommand)]
+    pub(crate) action: ModelAction,
+}
+
+/// What to do with a model file.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ModelAction {
+    /// Tell what a model file holds
+    Inspect {
+        /// GGUF file or Hugging Face folder
+        path: PathBuf,
+        /// Prints JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write a model as one GGUF file with I2_S weights, exactly
+    Convert {
+        /// GGUF file or Hugging Face folder to read
+        source: PathBuf,
+        /// GGUF file to write
+        out: PathBuf,
+        /// Name of the model in the file [default: the source's]
+        #[arg(long, value_name = "NAME")]
+        name: Option<String>,
+        /// Replaces an existing file
+        #[arg(long)]
+        force: bool,
+    },
+    /// Make up a model of a known shape, to measure with
+    Synth(SynthArgs),
+}
+
+/// `tercet model synth`.
+#[derive(Args, Debug)]
+pub(crate) struct SynthArgs {
+    /// Shape: 125m, bitnet-2b-4t, llama3-8b, bonsai-4b, 70b, 100b or 405b
+    #[arg(long, value_name = "NAME")]
+    pub(crate) shape: Shape,
+    /// Storage of the ternary weights: i2_s, tq1_0, tq2_0 or q2_0
+    #[arg(long = "type", value_name = "TYPE", default_value_t = TernaryType::I2S)]
+    pub(crate) ternary: TernaryType,
+    /// Storage of embedding and head: f16, q8_0 or q6_k
+    #[arg(long, value_name = "TYPE", default_value_t = HeadType::F16)]
+    pub(crate) head: HeadType,
+    /// What the weights are drawn from
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// GGUF file to write
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+    /// Replaces an existing file
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+#[cfg(test)]
+mod tests;

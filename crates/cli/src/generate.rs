@@ -1,0 +1,38 @@
+//! `tercet generate`: a prompt continued on stdout.
+
+use std::io::{self, IsTerminal as _};
+
+use anyhow::Result;
+use futures::FutureExt as _;
+use tercet_proto::v1::generate_request::Input;
+
+use crate::{
+    args::{GenerateArgs, LogArgs},
+    backend::Backend,
+    output::print,
+    process::{self, Identity},
+};
+
+/// Runs `tercet generate`.
+pub(crate) fn run(args: &GenerateArgs, log: &LogArgs) -> Result<()> {
+    process::run(Identity::client(), log, || generate(args).boxed())
+}
+
+async fn generate(args: &GenerateArgs) -> Result<()> {
+    let mut backend = Backend::new(&args.backend).await?;
+    let input = Input::Prompt(args.prompt.clone());
+    let mut generation = backend.generate(input, &args.sampling).await?;
+    let mut ends_line = true;
+    while let Some(text) = generation.next().await? {
+        if !text.is_empty() {
+            print(&text)?;
+            ends_line = text.ends_with('\n');
+        }
+    }
+    // Scripts get the text and nothing else; a terminal's next prompt starts on its own line.
+    if !ends_line && io::stdout().is_terminal() {
+        print("\n")?;
+    }
+    backend.stop().await;
+    Ok(())
+}

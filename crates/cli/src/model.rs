@@ -1,0 +1,85 @@
+//! `tercet model`: files looked into, converted, made up.
+
+use std::{
+    io::{self, IsTerminal as _, Write as _},
+    path::Path,
+};
+
+use anyhow::{Context as _, Result};
+use tercet_engine::{
+    ModelError, ModelFile,
+    model_file::{
+        Progress,
+        convert::{ConvertOptions, to_gguf},
+        synth::{self, SynthOptions},
+    },
+};
+
+use crate::{
+    args::ModelAction,
+    failure::misconfigured,
+    output::{print, print_line},
+};
+
+/// Runs `tercet model`.
+pub(crate) fn run(action: &ModelAction) -> Result<()> {
+    match action {
+        ModelAction::Inspect { path, json } => {
+            let summary = open(path)?.summary();
+            if *json {
+                let json = serde_json::to_string_pretty(&summary).context("write JSON")?;
+                print_line(&json)?;
+            } else {
+                print(&summary.to_string())?;
+            }
+        }
+        ModelAction::Convert { source, out, name, force } => {
+            let options = ConvertOptions { name: name.clone(), overwrite: *force };
+            let model = open(source)?;
+            written(out, |progress| to_gguf(&model, out, &options, progress))?;
+        }
+        ModelAction::Synth(args) => {
+            let options = SynthOptions {
+                shape: args.shape,
+                ternary: args.ternary,
+                head: args.head,
+                seed: args.seed,
+                overwrite: args.force,
+            };
+            written(&args.out, |progress| synth::write(&options, &args.out, progress))?;
+        }
+    }
+    Ok(())
+}
+
+fn open(path: &Path) -> Result<ModelFile> {
+    ModelFile::open(path).map_err(misconfigured)
+}
+
+/// Writes a file, tells a terminal how far it is, and says what was written.
+fn written(
+    out: &Path,
+    write: impl FnOnce(&mut dyn FnMut(Progress)) -> Result<u64, ModelError>,
+) -> Result<()> {
+    let is_terminal = io::stderr().is_terminal();
+    let mut last = None;
+    let mut progress = |progress: Progress| {
+        let percent = progress.written * 100 / progress.total.max(1);
+        if is_terminal && last.replace(percent) != Some(percent) {
+            // A terminal that is gone needs no progress.
+            drop(write!(io::stderr(), "\r{percent}%"));
+        }
+    };
+    let bytes = write(&mut progress).map_err(|error| match error {
+        ModelError::Exists { path } => misconfigured(anyhow::anyhow!(
+            "{} exists: choose another path, or replace it with --force",
+            path.display()
+        )),
+        other => other.into(),
+    });
+    if last.is_some() {
+        drop(write!(io::stderr(), "\r    \r"));
+    }
+    print_line(&format!("wrote {}, {} bytes", out.display(), bytes?))?;
+    Ok(())
+}

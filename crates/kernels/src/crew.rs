@@ -298,8 +298,13 @@ mod tests {
                 let crew = &crew;
                 scope.spawn(move || (0..count).for_each(|_| crew.serve(index)));
             }
-            for region in 0..count {
-                crew.lead(|lead| f(lead, region));
+            // All regions are led, whatever happens: a follower that waits for one would keep a
+            // failed test from ending.
+            let led: Vec<_> = (0..count)
+                .map(|region| catch_unwind(AssertUnwindSafe(|| crew.lead(|lead| f(lead, region)))))
+                .collect();
+            if let Some(payload) = led.into_iter().find_map(Result::err) {
+                resume_unwind(payload);
             }
         });
     }

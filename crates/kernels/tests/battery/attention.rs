@@ -77,6 +77,7 @@ fn attention_equals_on_every_shape() {
 #[test]
 fn the_order_is_the_documented_one() {
     // Straight from the pseudo-code, one head, with the public operations only.
+    assert_eq!((BLOCK_POSITIONS, SEGMENT_POSITIONS), (64, 512), "part of the numerics version");
     let kernels = scalar();
     let (head_dim, positions) = (16, 1100);
     let mut random = Random(8);

@@ -18,7 +18,7 @@ use tercet_proto::{
     },
 };
 use tercet_telemetry::Metrics;
-use tercet_worker::{ModelSource, ServeError, Worker};
+use tercet_worker::{BuildError, ModelSource, ServeError, Worker};
 use tokio::task::JoinSet;
 use tonic::{
     Code, Status, Streaming,
@@ -27,7 +27,7 @@ use tonic::{
 
 use crate::{
     args::{BackendArgs, SamplingArgs},
-    failure::misconfigured,
+    failure::{misconfigured, no_model},
 };
 
 /// How long a server may take to answer a connection.
@@ -104,7 +104,8 @@ impl Backend {
             max_sequences: 1,
             ..EngineOptions::default()
         };
-        let worker = Worker::build(config, registry, Metrics::new()).map_err(misconfigured)?;
+        let worker = Worker::build(config, registry, Metrics::new())
+            .map_err(|BuildError::Model(error)| no_model(error))?;
         let mut local = JoinSet::new();
         local.spawn(worker.serve(connections, std::future::pending()).boxed());
 
@@ -148,11 +149,15 @@ impl Generation {
 
 /// Connects to a server.
 async fn connect(address: &str) -> Result<Channel> {
-    let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|error| {
-        misconfigured(anyhow::Error::from(error).context(format!(
+    let expected = || {
+        misconfigured(anyhow!(
             "--connect {address} is no address: expected HOST:PORT such as 127.0.0.1:7171"
-        )))
-    })?;
+        ))
+    };
+    let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|_| expected())?;
+    if endpoint.uri().port().is_none() || endpoint.uri().path() != "/" {
+        return Err(expected());
+    }
     let connected = endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true).connect().await;
     connected.with_context(|| {
         format!(

@@ -26,7 +26,7 @@ use tokio::time::{Duration, Instant};
 use self::report::{Report, Spread};
 use crate::{
     args::BenchArgs,
-    failure::misconfigured,
+    failure::{misconfigured, no_model},
     output::{print, print_line},
 };
 
@@ -82,7 +82,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
 }
 
 fn open(path: Option<&Path>) -> Result<ModelFile> {
-    path.map_or_else(demo::model, ModelFile::open).map_err(misconfigured)
+    path.map_or_else(demo::model, ModelFile::open).map_err(no_model)
 }
 
 /// What is computed.

@@ -6,6 +6,9 @@ use std::{
     process::ExitCode,
 };
 
+use anyhow::anyhow;
+use tercet_engine::ModelError;
+
 /// An error in what the user asked for, as opposed to one met while doing it.
 #[derive(Debug)]
 struct Misconfigured(anyhow::Error);
@@ -21,6 +24,20 @@ impl std::error::Error for Misconfigured {}
 /// Marks an error as one of usage or configuration.
 pub(crate) fn misconfigured(error: impl Into<anyhow::Error>) -> anyhow::Error {
     Misconfigured(error.into()).into()
+}
+
+/// Marks an error met while opening a model as one of configuration, and says what was looked for.
+pub(crate) fn no_model(error: ModelError) -> anyhow::Error {
+    let is_missing = matches!(
+        &error,
+        ModelError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound
+    );
+    let error = anyhow::Error::from(error);
+    misconfigured(if is_missing {
+        anyhow!("{}; expected a GGUF file or a Hugging Face folder", message(&error))
+    } else {
+        error
+    })
 }
 
 /// Prints why a command failed and returns its exit code.
@@ -64,7 +81,7 @@ pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use anyhow::{Context as _, anyhow};
+    use anyhow::Context as _;
 
     use super::*;
 

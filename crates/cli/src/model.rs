@@ -17,7 +17,7 @@ use tercet_engine::{
 
 use crate::{
     args::ModelAction,
-    failure::misconfigured,
+    failure::{misconfigured, no_model},
     output::{print, print_line},
 };
 
@@ -53,7 +53,7 @@ pub(crate) fn run(action: &ModelAction) -> Result<()> {
 }
 
 fn open(path: &Path) -> Result<ModelFile> {
-    ModelFile::open(path).map_err(misconfigured)
+    ModelFile::open(path).map_err(no_model)
 }
 
 /// Writes a file, tells a terminal how far it is, and says what was written.

@@ -7,7 +7,7 @@ use futures::FutureExt as _;
 use tercet_cluster::{EtcdOptions, EtcdRegistry, MemoryRegistry, WorkerId};
 use tercet_gateway::{Gateway, LocalDialer, TcpDialer};
 use tercet_telemetry::{Admin, Metrics, Probe, serve_admin};
-use tercet_worker::{ModelSource, Worker};
+use tercet_worker::{BuildError, ModelSource, Worker};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::TcpIncoming;
@@ -17,7 +17,7 @@ use crate::{
         ClusterArgs, GatewayArgs, GatewayLimits, LogArgs, ServeArgs, ServedModelArgs, ServerArgs,
         WorkerArgs,
     },
-    failure::misconfigured,
+    failure::{misconfigured, no_model},
     output::print_line,
     process::{self, Identity},
     shutdown::Signals,
@@ -63,7 +63,8 @@ async fn serve_until_stopped(args: &ServeArgs) -> Result<()> {
     config.model_name.clone_from(&args.model.name);
     config.engine = args.engine.options(None);
     config.drain_timeout = args.server.drain_timeout;
-    let worker = Worker::build(config, registry.clone(), metrics.clone()).map_err(misconfigured)?;
+    let worker = Worker::build(config, registry.clone(), metrics.clone())
+        .map_err(|BuildError::Model(error)| no_model(error))?;
     let config = gateway_config(&args.gateway, &args.server);
     let gateway = Gateway::build(config, &*registry, Arc::new(dialer), metrics.clone());
 
@@ -107,7 +108,8 @@ async fn work_until_stopped(args: &WorkerArgs) -> Result<()> {
     config.model_name.clone_from(&args.model.name);
     config.engine = args.engine.options(args.layers.as_ref());
     config.drain_timeout = args.server.drain_timeout;
-    let worker = Worker::build(config, registry, metrics.clone()).map_err(misconfigured)?;
+    let worker = Worker::build(config, registry, metrics.clone())
+        .map_err(|BuildError::Model(error)| no_model(error))?;
 
     let (live, ready) = (worker.condition(), worker.condition());
     let admin = Admin {

@@ -17,7 +17,7 @@ use opentelemetry_proto::tonic::{
 };
 use tercet_proto::v1::generate_request::Input;
 use tercet_tests::{Client, Etcd, PATIENCE, Tercet, collect, sampled};
-use tokio::{net::TcpListener, time};
+use tokio::{net::TcpListener, task::JoinSet, time};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status, transport::Server};
 
@@ -65,13 +65,10 @@ async fn one_trace_runs_through_gateway_worker_and_second_stage() -> Result<()> 
     let serve = Server::builder()
         .add_service(service)
         .serve_with_incoming(TcpListenerStream::new(listener));
-    let serve = async { serve.await.context("the collector ended") };
-    let url = etcd.url();
-    let trace = trace(&url, &endpoint, &collector);
-    tokio::select! {
-        ended = serve => ended,
-        checked = trace => checked,
-    }
+    // A task of its own: waiting for a process below blocks its thread.
+    let mut tasks = JoinSet::new();
+    tasks.spawn(serve);
+    trace(&etcd.url(), &endpoint, &collector).await
 }
 
 async fn trace(etcd: &str, endpoint: &str, collector: &Collector) -> Result<()> {

@@ -10,14 +10,19 @@
 //! continue from, and fills up with a chunk of prompts. A preempted sequence is computed anew from
 //! its tokens; since a sequence's bits depend on nothing but itself, that changes no answer.
 
+mod sequence;
+#[cfg(test)]
+mod tests;
+
 use std::collections::VecDeque;
 
 use thiserror::Error;
 
+use self::sequence::Sequence;
 use crate::{
     kv::{PAGE_POSITIONS, pages_for},
-    plan::{OpenSequence, Run, RunOutcome, RunOutput, Scores, SequenceId, StepPlan, StepResult},
-    request::{Output, SequenceEvent, SequenceFailure, SequenceRequest, StopReason, SubmitError},
+    plan::{OpenSequence, Run, RunOutput, Scores, SequenceId, StepPlan, StepResult},
+    request::{SequenceEvent, SequenceRequest, SubmitError},
 };
 
 /// Limits of a scheduler.
@@ -94,23 +99,6 @@ pub struct Scheduler {
     closing: Vec<SequenceId>,
     in_flight: VecDeque<(u64, Vec<Run>)>,
     free_pages: usize,
-}
-
-#[derive(Debug)]
-struct Sequence {
-    key: RequestKey,
-    request: SequenceRequest,
-    /// Prompt, resumed and generated tokens.
-    tokens: Vec<u32>,
-    /// Positions whose keys and values the stages hold.
-    computed: usize,
-    cancelled: bool,
-    scores: Scores,
-    /// While running.
-    id: SequenceId,
-    opened: bool,
-    pages: usize,
-    in_flight: bool,
 }
 
 impl Scheduler {
@@ -428,78 +416,6 @@ impl Scheduler {
     }
 }
 
-impl Sequence {
-    /// Returns whether only the row of the last token is missing, and a token is wanted after it.
-    fn decodes(&self) -> bool {
-        self.computed + 1 == self.tokens.len()
-            && matches!(self.request.output, Output::Generate { .. })
-    }
-
-    /// Returns what the last stage tells of the next `rows` rows.
-    fn output_of(&self, rows: usize) -> RunOutput {
-        let end = self.computed + rows;
-        match self.request.output {
-            Output::Score => RunOutput::Score(
-                self.tokens[self.computed + 1..self.tokens.len().min(end + 1)].to_vec(),
-            ),
-            Output::Generate { .. } if end == self.tokens.len() => RunOutput::Sample,
-            Output::Generate { .. } => RunOutput::None,
-        }
-    }
-
-    /// Takes in the answer to `run`; the error names what does not fit.
-    fn take_in(
-        &mut self,
-        run: &Run,
-        outcome: Option<RunOutcome>,
-        context: usize,
-        vocab: usize,
-    ) -> Result<Vec<SequenceEvent>, &'static str> {
-        match (&run.output, outcome) {
-            (_, Some(RunOutcome::NonFinite)) => {
-                Ok(vec![SequenceEvent::Failed(SequenceFailure::NonFinite)])
-            }
-            (RunOutput::None, None) => Ok(Vec::new()),
-            (RunOutput::Sample, Some(RunOutcome::Token(id))) => {
-                if id as usize >= vocab {
-                    return Err("a token id beyond the vocabulary");
-                }
-                let index = self.tokens.len() - self.request.prompt.len();
-                self.tokens.push(id);
-                let mut events = vec![SequenceEvent::Token { index, id }];
-                events.extend(self.stop_reason(context).map(SequenceEvent::Finished));
-                Ok(events)
-            }
-            (RunOutput::Score(targets), Some(RunOutcome::Scores(scores))) => {
-                if scores.logprobs.len() != targets.len() || scores.top_ids.len() != run.rows {
-                    return Err("as many scores as rows are due");
-                }
-                self.scores.logprobs.extend(scores.logprobs);
-                self.scores.top_ids.extend(scores.top_ids);
-                let done = self.computed == self.tokens.len();
-                let scores = done.then(|| std::mem::take(&mut self.scores));
-                Ok(scores.map(SequenceEvent::Scores).into_iter().collect())
-            }
-            _ => Err("a result of another kind is due"),
-        }
-    }
-
-    /// Returns why the completion is complete, if it is.
-    fn stop_reason(&self, context: usize) -> Option<StopReason> {
-        let Output::Generate { max_tokens, stop_ids } = &self.request.output else { return None };
-        let completion = &self.tokens[self.request.prompt.len()..];
-        if completion.last().is_some_and(|id| stop_ids.contains(id)) {
-            Some(StopReason::Eos)
-        } else if completion.len() >= *max_tokens {
-            Some(StopReason::MaxTokens)
-        } else if self.tokens.len() >= context {
-            Some(StopReason::Context)
-        } else {
-            None
-        }
-    }
-}
-
 fn find(running: &mut [Sequence], id: SequenceId) -> Option<&mut Sequence> {
     running.iter_mut().find(|sequence| sequence.id == id)
 }
@@ -507,6 +423,3 @@ fn find(running: &mut [Sequence], id: SequenceId) -> Option<&mut Sequence> {
 fn ends(event: &SequenceEvent) -> bool {
     !matches!(event, SequenceEvent::Scheduled | SequenceEvent::Token { .. })
 }
-
-#[cfg(test)]
-mod tests;

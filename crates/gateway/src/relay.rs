@@ -335,7 +335,7 @@ impl State {
         span::record_answered(&self.span, status);
         self.shared.count_rejection(status);
         if let Some(recorder) = self.recorder.take() {
-            recorder.fail(span::error_type(status));
+            recorder.fail(tercet_proto::convention::error_type(status));
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Spans and attributes of the OpenTelemetry RPC and GenAI conventions.
 
-use tercet_proto::{GenerateSpec, Reason, v1};
+use tercet_proto::{GenerateSpec, convention, v1};
 use tercet_telemetry::Operation;
 use tonic::metadata::MetadataMap;
 use tonic::{Code, Status};
@@ -78,72 +78,25 @@ pub(crate) fn record_finished(span: &Span, finished: &v1::Finished) {
     let usage = finished.usage.unwrap_or_default();
     span.record("gen_ai.usage.input_tokens", usage.prompt_tokens);
     span.record("gen_ai.usage.output_tokens", usage.completion_tokens);
-    span.record("gen_ai.response.finish_reasons", finish_reason(finished.reason()));
-    span.record("rpc.response.status_code", code_name(Code::Ok));
+    span.record("gen_ai.response.finish_reasons", convention::finish_reason(finished.reason()));
+    span.record("rpc.response.status_code", convention::code_name(Code::Ok));
 }
 
 /// Records the status that a call by a client ended with.
 pub(crate) fn record_answered(span: &Span, status: &Status) {
-    span.record("rpc.response.status_code", code_name(status.code()));
+    span.record("rpc.response.status_code", convention::code_name(status.code()));
     // What the caller got wrong, and overload, are no errors of a server.
-    if is_server_error(status.code()) {
+    if convention::is_server_error(status.code()) {
         span.record("otel.status_code", "ERROR");
-        span.record("error.type", error_type(status));
+        span.record("error.type", convention::error_type(status));
     }
 }
 
 /// Records the status that a call to a worker ended with.
 pub(crate) fn record_received(span: &Span, status: &Status) {
-    span.record("rpc.response.status_code", code_name(status.code()));
+    span.record("rpc.response.status_code", convention::code_name(status.code()));
     span.record("otel.status_code", "ERROR");
-    span.record("error.type", error_type(status));
-}
-
-/// Returns the most telling name of a failure: its reason, else its code.
-pub(crate) fn error_type(status: &Status) -> &'static str {
-    Reason::of(status).map_or_else(|| code_name(status.code()), Reason::as_str)
-}
-
-fn is_server_error(code: Code) -> bool {
-    matches!(
-        code,
-        Code::Unknown
-            | Code::DeadlineExceeded
-            | Code::Unimplemented
-            | Code::Internal
-            | Code::Unavailable
-            | Code::DataLoss
-    )
-}
-
-fn finish_reason(reason: v1::FinishReason) -> &'static str {
-    match reason {
-        v1::FinishReason::Unspecified => "unspecified",
-        v1::FinishReason::Eos | v1::FinishReason::StopString => "stop",
-        v1::FinishReason::MaxTokens | v1::FinishReason::Context => "length",
-    }
-}
-
-fn code_name(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "OK",
-        Code::Cancelled => "CANCELLED",
-        Code::Unknown => "UNKNOWN",
-        Code::InvalidArgument => "INVALID_ARGUMENT",
-        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-        Code::NotFound => "NOT_FOUND",
-        Code::AlreadyExists => "ALREADY_EXISTS",
-        Code::PermissionDenied => "PERMISSION_DENIED",
-        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-        Code::FailedPrecondition => "FAILED_PRECONDITION",
-        Code::Aborted => "ABORTED",
-        Code::OutOfRange => "OUT_OF_RANGE",
-        Code::Unimplemented => "UNIMPLEMENTED",
-        Code::Internal => "INTERNAL",
-        Code::Unavailable => "UNAVAILABLE",
-        Code::DataLoss => "DATA_LOSS",
-        Code::Unauthenticated => "UNAUTHENTICATED",
-    }
+    span.record("error.type", convention::error_type(status));
 }
 
 /// Splits `host:port`; an address without a port has none.

@@ -12,6 +12,7 @@
 //!                        +--> InvalidRequest --into--> Status { INVALID_ARGUMENT, BadRequest }
 //! ```
 
+pub mod convention;
 mod deadline;
 mod request;
 mod status;

@@ -160,7 +160,10 @@ impl Watched {
 
     fn succeed(&mut self, reason: v1::FinishReason, usage: v1::Usage) {
         self.phase = None;
-        self.span.record("gen_ai.response.finish_reasons", span::finish_reason(reason));
+        self.span.record(
+            "gen_ai.response.finish_reasons",
+            tercet_proto::convention::finish_reason(reason),
+        );
         self.span.record("gen_ai.usage.input_tokens", usage.prompt_tokens);
         self.span.record("gen_ai.usage.output_tokens", usage.completion_tokens);
         span::record_ok(&self.span);
@@ -173,7 +176,7 @@ impl Watched {
         self.phase = None;
         span::record_failed(&self.span, status);
         if let Some(recorder) = self.recorder.take() {
-            recorder.fail(span::error_type(status));
+            recorder.fail(tercet_proto::convention::error_type(status));
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Spans and attributes of the OpenTelemetry RPC and GenAI conventions.
 
-use tercet_proto::{Reason, v1::FinishReason};
+use tercet_proto::convention;
 use tonic::{Code, Status, metadata::MetadataMap};
 use tracing::{Span, field::Empty};
 
@@ -70,68 +70,20 @@ pub(crate) fn stage(traceparent: &str, model: &str, layers: &str, sequence: u64)
 
 /// Records that a call was answered.
 pub(crate) fn record_ok(span: &Span) {
-    span.record("rpc.response.status_code", code_name(Code::Ok));
+    span.record("rpc.response.status_code", convention::code_name(Code::Ok));
 }
 
 /// Records the status that a call ended with.
 pub(crate) fn record_failed(span: &Span, status: &Status) {
-    span.record("rpc.response.status_code", code_name(status.code()));
+    span.record("rpc.response.status_code", convention::code_name(status.code()));
     // What the caller got wrong, and overload, are no errors of a server.
-    if is_server_error(status.code()) {
+    if convention::is_server_error(status.code()) {
         span.record("otel.status_code", "ERROR");
-        span.record("error.type", error_type(status));
+        span.record("error.type", convention::error_type(status));
     }
 }
 
 /// Records that the caller did not wait for the end.
 pub(crate) fn record_cancelled(span: &Span) {
-    span.record("rpc.response.status_code", code_name(Code::Cancelled));
-}
-
-/// Returns the most telling name of a failure: its reason, else its code.
-pub(crate) fn error_type(status: &Status) -> &'static str {
-    Reason::of(status).map_or_else(|| code_name(status.code()), Reason::as_str)
-}
-
-/// Returns how the GenAI conventions call the end of a completion.
-pub(crate) fn finish_reason(reason: FinishReason) -> &'static str {
-    match reason {
-        FinishReason::Unspecified => "unspecified",
-        FinishReason::Eos | FinishReason::StopString => "stop",
-        FinishReason::MaxTokens | FinishReason::Context => "length",
-    }
-}
-
-fn is_server_error(code: Code) -> bool {
-    matches!(
-        code,
-        Code::Unknown
-            | Code::DeadlineExceeded
-            | Code::Unimplemented
-            | Code::Internal
-            | Code::Unavailable
-            | Code::DataLoss
-    )
-}
-
-fn code_name(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "OK",
-        Code::Cancelled => "CANCELLED",
-        Code::Unknown => "UNKNOWN",
-        Code::InvalidArgument => "INVALID_ARGUMENT",
-        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-        Code::NotFound => "NOT_FOUND",
-        Code::AlreadyExists => "ALREADY_EXISTS",
-        Code::PermissionDenied => "PERMISSION_DENIED",
-        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-        Code::FailedPrecondition => "FAILED_PRECONDITION",
-        Code::Aborted => "ABORTED",
-        Code::OutOfRange => "OUT_OF_RANGE",
-        Code::Unimplemented => "UNIMPLEMENTED",
-        Code::Internal => "INTERNAL",
-        Code::Unavailable => "UNAVAILABLE",
-        Code::DataLoss => "DATA_LOSS",
-        Code::Unauthenticated => "UNAUTHENTICATED",
-    }
+    span.record("rpc.response.status_code", convention::code_name(Code::Cancelled));
 }

@@ -2,6 +2,8 @@
 //!
 //! A binary of its own, since the compute threads trace to the process-wide subscriber.
 
+#![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
+
 use std::{future::pending, ops::Range, sync::Arc, time::Duration};
 
 use opentelemetry::trace::{SpanId, TraceId, TracerProvider as _};

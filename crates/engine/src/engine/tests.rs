@@ -13,9 +13,9 @@ use std::{
 use super::*;
 use crate::{
     demo,
-    pipeline::{Followed, Follower, LinkLost},
+    pipeline::{Followed, Follower, LinkLost, StageFrame},
     plan::{Scores, SequenceId},
-    request::{Output, StopReason},
+    request::{Output, SequenceFailure, StopReason},
     sampler::SamplingParams,
 };
 

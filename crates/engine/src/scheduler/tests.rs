@@ -3,7 +3,11 @@ use std::collections::{HashMap, HashSet};
 use proptest::prelude::*;
 
 use super::*;
-use crate::{plan::RunResult, sampler::SamplingParams};
+use crate::{
+    plan::{RunOutcome, RunResult},
+    request::{Output, StopReason},
+    sampler::SamplingParams,
+};
 
 fn config(pages: usize, max_sequences: usize, prefill_chunk: usize) -> SchedulerConfig {
     SchedulerConfig {

@@ -75,8 +75,7 @@ def main():
     rates = {"tercet": [], "llama.cpp": []}
     for _ in range(args.runs):
         report = measure(ours)
-        rates["tercet"].append({"prefill": report["prefill"]["tokens_per_second"]["median"],
-                                "decode": report["decode"]["tokens_per_second"]["median"]})
+        rates["tercet"].append({phase: report[f"{phase}_tokens_per_second"]["median"] for phase in ("prefill", "decode")})
         rates["llama.cpp"].append(measure(theirs))
     print(f"{args.shape}, {args.head} head, {args.threads} threads, prompt {args.prompt}, generate {args.generate}, "
           f"{args.runs} alternating runs, tokens/s")

@@ -97,7 +97,8 @@ impl Computer {
     }
 
     fn attach(&mut self, attachment: Attachment) {
-        self.detach("it was replaced by a newer link".to_owned());
+        // The engine takes requests already: to refuse some in between would be wrong.
+        self.lose_link("it was replaced by a newer link".to_owned());
         let config = limits(self.base, &attachment);
         self.scheduler.reconfigure(config);
         *lock(&self.shared.limits) = config;
@@ -107,6 +108,10 @@ impl Computer {
 
     fn detach(&mut self, reason: String) {
         self.shared.attached.store(false, Ordering::Release);
+        self.lose_link(reason);
+    }
+
+    fn lose_link(&mut self, reason: String) {
         self.downstream = None;
         self.runner.reset();
         self.fail_all(&SequenceFailure::PipelineBroken(reason));

@@ -115,6 +115,7 @@ impl Pods {
         // What a killed run left behind; all pods in the store of this checkout are the test's own.
         run(Command::new(&podman).args(["pod", "rm", "--all", "--force"]))?;
         run(Command::new(&podman).args(["network", "prune", "--force"]))?;
+        run(Command::new(&podman).args(["image", "prune", "--force"]))?;
         let network = format!("tercet-{}", std::process::id());
         run(Command::new(&podman).args(["network", "create", &network]))?;
         let unspecified = Ipv4Addr::UNSPECIFIED;

@@ -77,7 +77,10 @@ async fn check_cases(client: &Client, expected: &Expected) -> Result<()> {
         ensure!(client.tokenize(prompt).await? == case.prompt_ids, "{prompt:?}: prompt ids");
 
         let ids: Vec<u32> = case.prompt_ids.iter().chain(&case.greedy_ids).copied().collect();
+        let length = ids.len();
         let scores = client.score(ids).await?;
+        // What is missing would be compared with nothing below.
+        ensure!(scores.logprobs.len() == length - 1 && scores.top_ids.len() == length);
         let n = case.logprobs_of_prompt.len();
         let total: f64 = case
             .logprobs_of_prompt

@@ -16,7 +16,7 @@ use crate::{
     pipeline::{Followed, Follower, LinkLost, StageFrame},
     plan::{Scores, SequenceId},
     request::{Output, SequenceFailure, StopReason},
-    sampler::SamplingParams,
+    sampler::{SamplingParams, uniform},
 };
 
 const WAIT: Duration = Duration::from_secs(60);
@@ -157,6 +157,54 @@ fn batches_chunks_threads_and_instruction_sets_change_no_bit() {
             let engine = Engine::load_observed(&model, &options, Some(observer(&seen))).unwrap();
             assert_equal(&outcome(&engine, &seen, &prompts), &expected, &what);
         }
+    }
+}
+
+/// Sequences that join at random moments, in random order, under random limits.
+#[test]
+fn random_batches_change_no_bit() {
+    let prompts = prompts(7);
+    let expected = solo(&prompts);
+    let model = demo::model().unwrap();
+    for seed in 0..6 {
+        let mut draws = 0;
+        let mut below = |n: u32| {
+            draws += 1;
+            (0..n).find(|i| uniform(seed, draws) * f64::from(n) < f64::from(i + 1)).unwrap()
+        };
+        let mut order: Vec<usize> = (0..prompts.len()).collect();
+        for last in (1..order.len()).rev() {
+            order.swap(last, below(u32::try_from(last + 1).unwrap()) as usize);
+        }
+        let options = EngineOptions {
+            threads: 1 + below(3) as usize,
+            max_sequences: 1 + below(7) as usize,
+            prefill_chunk: 1 + below(90) as usize,
+            ..options()
+        };
+        let what = format!("seed {seed}: {order:?}, {options:?}");
+        let seen = Seen::default();
+        let engine = Engine::load_observed(&model, &options, Some(observer(&seen))).unwrap();
+        let mut running = Vec::new();
+        for &prompt in &order {
+            running.push(submit(&engine, request(&prompts[prompt], 20, sampled(prompt as u64))));
+            // The next joins once the first has gone a few steps further, if it has any left.
+            let first: &Receiver<SequenceEvent> = &running[0].1;
+            for _ in 0..below(4) {
+                drop(first.recv_timeout(WAIT));
+            }
+        }
+        let mut logits = BTreeMap::new();
+        for (&prompt, (_, receiver)) in order.iter().zip(&running).skip(1) {
+            assert_eq!(tokens(receiver), expected.tokens[prompt], "{what}: prompt {prompt}");
+        }
+        // Its events were partly taken above: waits for what is left of them.
+        while running[0].1.recv_timeout(WAIT).is_ok() {}
+        for ((sequence, position), bits) in std::mem::take(&mut *seen.lock().unwrap()) {
+            logits.insert((order[usize::try_from(sequence.0).unwrap()], position), bits);
+        }
+        let got = Outcome { tokens: expected.tokens.clone(), logits };
+        assert_equal(&got, &expected, &what);
     }
 }
 

@@ -18,7 +18,7 @@ use tercet_proto::{
     },
 };
 use tercet_telemetry::Metrics;
-use tercet_worker::{BuildError, ModelSource, ServeError, Worker};
+use tercet_worker::{ModelSource, ModelSpec, ServeError, Worker};
 use tokio::task::JoinSet;
 use tonic::{
     Code, Status, Streaming,
@@ -27,7 +27,7 @@ use tonic::{
 
 use crate::{
     args::{BackendArgs, SamplingArgs},
-    failure::{misconfigured, no_model},
+    failure::{misconfigured, unbuilt},
 };
 
 /// How long a server may take to answer a connection.
@@ -95,7 +95,8 @@ impl Backend {
         let (dialer, connections) = LocalDialer::new(id.clone());
         let mut config = tercet_worker::Config::new(id, "local".to_owned());
         if let Some(path) = &args.model {
-            config.model = ModelSource::Path(PathBuf::from(path));
+            let source = ModelSource::Path(PathBuf::from(path));
+            config.models = vec![ModelSpec { source, name: None }];
         }
         config.engine = EngineOptions {
             threads: args.engine.threads(),
@@ -104,8 +105,7 @@ impl Backend {
             max_sequences: 1,
             ..EngineOptions::default()
         };
-        let worker = Worker::build(config, registry, Metrics::new())
-            .map_err(|BuildError::Model(error)| no_model(error))?;
+        let worker = Worker::build(config, registry, Metrics::new()).map_err(unbuilt)?;
         let mut local = JoinSet::new();
         local.spawn(worker.serve(connections, std::future::pending()).boxed());
 

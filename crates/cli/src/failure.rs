@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::anyhow;
 use tercet_engine::ModelError;
+use tercet_worker::BuildError;
 
 /// An error in what the user asked for, as opposed to one met while doing it.
 #[derive(Debug)]
@@ -38,6 +39,14 @@ pub(crate) fn no_model(error: ModelError) -> anyhow::Error {
     } else {
         error
     })
+}
+
+/// Marks what keeps a worker from being built as an error of configuration.
+pub(crate) fn unbuilt(error: BuildError) -> anyhow::Error {
+    match error {
+        BuildError::Model(error) => no_model(error),
+        other => misconfigured(other),
+    }
 }
 
 /// Prints why a command failed and returns its exit code.

@@ -7,7 +7,7 @@ use futures::FutureExt as _;
 use tercet_cluster::{EtcdOptions, EtcdRegistry, MemoryRegistry, WorkerId};
 use tercet_gateway::{Gateway, LocalDialer, TcpDialer};
 use tercet_telemetry::{Admin, Metrics, Probe, serve_admin};
-use tercet_worker::{BuildError, ModelSource, Worker};
+use tercet_worker::{ModelSource, ModelSpec, Worker};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::TcpIncoming;
@@ -17,7 +17,7 @@ use crate::{
         ClusterArgs, GatewayArgs, GatewayLimits, LogArgs, ServeArgs, ServedModelArgs, ServerArgs,
         WorkerArgs,
     },
-    failure::{misconfigured, no_model},
+    failure::{misconfigured, unbuilt},
     output::print_line,
     process::{self, Identity},
     shutdown::Signals,
@@ -59,12 +59,10 @@ async fn serve_until_stopped(args: &ServeArgs) -> Result<()> {
     let metrics = Metrics::new();
     let (dialer, connections) = LocalDialer::new(id.clone());
     let mut config = tercet_worker::Config::new(id, "local".to_owned());
-    config.model = model_source(&args.model);
-    config.model_name.clone_from(&args.model.name);
+    config.models = vec![model_spec(&args.model)];
     config.engine = args.engine.options(None);
     config.drain_timeout = args.server.drain_timeout;
-    let worker = Worker::build(config, registry.clone(), metrics.clone())
-        .map_err(|BuildError::Model(error)| no_model(error))?;
+    let worker = Worker::build(config, registry.clone(), metrics.clone()).map_err(unbuilt)?;
     let config = gateway_config(&args.gateway, &args.server);
     let gateway = Gateway::build(config, &*registry, Arc::new(dialer), metrics.clone());
 
@@ -104,12 +102,10 @@ async fn work_until_stopped(args: &WorkerArgs) -> Result<()> {
         None => worker_id(&address)?,
     };
     let mut config = tercet_worker::Config::new(id, address);
-    config.model = model_source(&args.model);
-    config.model_name.clone_from(&args.model.name);
+    config.models = vec![model_spec(&args.model)];
     config.engine = args.engine.options(args.layers.as_ref());
     config.drain_timeout = args.server.drain_timeout;
-    let worker = Worker::build(config, registry, metrics.clone())
-        .map_err(|BuildError::Model(error)| no_model(error))?;
+    let worker = Worker::build(config, registry, metrics.clone()).map_err(unbuilt)?;
 
     let (live, ready) = (worker.condition(), worker.condition());
     let admin = Admin {
@@ -185,8 +181,9 @@ fn etcd(args: &ClusterArgs) -> Result<EtcdRegistry> {
     EtcdRegistry::connect(options).map_err(misconfigured)
 }
 
-fn model_source(args: &ServedModelArgs) -> ModelSource {
-    args.model.clone().map_or(ModelSource::BuiltIn, ModelSource::Path)
+fn model_spec(args: &ServedModelArgs) -> ModelSpec {
+    let source = args.model.clone().map_or(ModelSource::BuiltIn, ModelSource::Path);
+    ModelSpec { source, name: args.name.clone() }
 }
 
 fn gateway_config(limits: &GatewayLimits, server: &ServerArgs) -> tercet_gateway::Config {

@@ -23,8 +23,8 @@ pub use self::{
     etcd::{EtcdOptions, EtcdRegistry},
     memory::MemoryRegistry,
     record::{
-        ClusterName, InvalidName, LayerRange, ModelRecord, RecordError, WorkerId, WorkerRecord,
-        WorkerState,
+        ClusterName, InvalidName, LayerRange, ModelRecord, ModelState, RecordError, WorkerId,
+        WorkerRecord, WorkerState,
     },
     registration::Registration,
     view::View,

@@ -106,6 +106,21 @@ pub enum WorkerState {
     Draining,
 }
 
+/// How far a model of a worker is.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ModelState {
+    /// Being read, or waiting for the other stages of its pipeline.
+    Loading,
+    /// Takes requests, or steps if it is a later stage. What a record that does not say means.
+    #[default]
+    Ready,
+    /// Finishes what it has and takes nothing new.
+    Draining,
+    /// Cannot be computed any more.
+    Failed,
+}
+
 /// A half-open range of layers.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct LayerRange {
@@ -138,6 +153,9 @@ pub struct ModelRecord {
     pub context_length: u32,
     /// Number of token ids.
     pub vocab_size: u32,
+    /// How far it is.
+    #[serde(default)]
+    pub state: ModelState,
 }
 
 /// What a worker tells of itself.
@@ -171,7 +189,8 @@ impl WorkerRecord {
         let ready = self.state == WorkerState::Ready;
         self.models
             .iter()
-            .filter(move |held| ready && held.layers.start == 0 && !held.identity.is_empty())
+            .filter(move |held| ready && held.state == ModelState::Ready)
+            .filter(|held| held.layers.start == 0 && !held.identity.is_empty())
     }
 }
 
@@ -241,6 +260,7 @@ mod tests {
                 layer_count: 6,
                 context_length: 512,
                 vocab_size: 1024,
+                state: ModelState::Ready,
             }],
             max_sequences: 16,
         }
@@ -255,7 +275,7 @@ mod tests {
                 r#"{"version":1,"id":"w-1","address":"10.0.0.1:7171","epoch":7,"state":"ready","#,
                 r#""models":[{"name":"demo","identity":"ab","header_digest":"cd","#,
                 r#""layers":{"start":0,"end":6},"layer_count":6,"context_length":512,"#,
-                r#""vocab_size":1024}],"max_sequences":16}"#
+                r#""vocab_size":1024,"state":"ready"}],"max_sequences":16}"#
             )
         );
         assert_eq!(WorkerRecord::decode("w-1", stored.as_bytes()).unwrap(), record());
@@ -278,6 +298,8 @@ mod tests {
             let refused = decode("w-1", malformed.clone());
             assert!(matches!(refused, Err(RecordError::Malformed(_))), "{malformed}");
         }
+        let older = stored.replace(",\"state\":\"ready\"}]", "}]");
+        assert_eq!(decode("w-1", older).unwrap(), record(), "models without a state are ready");
         let grown = stored.replace("\"epoch\"", "\"zone\":\"a\",\"epoch\"");
         assert_eq!(decode("w-1", grown).unwrap(), record(), "an added field is skipped");
     }
@@ -304,6 +326,11 @@ mod tests {
         worker.models[0].layers.start = 3;
         assert!(worker.serves("demo").is_none(), "a later stage");
         worker.models[0].layers.start = 0;
+        for state in [ModelState::Loading, ModelState::Draining, ModelState::Failed] {
+            worker.models[0].state = state;
+            assert!(worker.serves("demo").is_none(), "{state:?}");
+        }
+        worker.models[0].state = ModelState::Ready;
         for state in [WorkerState::Loading, WorkerState::Draining] {
             worker.state = state;
             assert!(worker.serves("demo").is_none(), "{state:?}");

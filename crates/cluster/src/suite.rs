@@ -5,7 +5,8 @@ use std::{future::Future, sync::Arc, time::Duration};
 use tokio::{sync::watch, time};
 
 use crate::{
-    ClusterError, LayerRange, ModelRecord, Registry, View, WorkerId, WorkerRecord, WorkerState,
+    ClusterError, LayerRange, ModelRecord, ModelState, Registry, View, WorkerId, WorkerRecord,
+    WorkerState,
 };
 
 /// Longest any step of a test may take, on a machine with other things to do.
@@ -38,6 +39,7 @@ pub(crate) fn record(id: &str, epoch: u64) -> WorkerRecord {
             layer_count: 4,
             context_length: 128,
             vocab_size: 1000,
+            state: ModelState::Ready,
         }],
         max_sequences: 8,
     }

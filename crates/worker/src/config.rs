@@ -16,6 +16,15 @@ pub enum ModelSource {
     Path(PathBuf),
 }
 
+/// A model to serve; by default the built-in one.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct ModelSpec {
+    /// Where it is.
+    pub source: ModelSource,
+    /// Its name in requests; the model's own name if absent.
+    pub name: Option<String>,
+}
+
 /// How a worker behaves. Plain data.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -25,11 +34,9 @@ pub struct Config {
     pub address: String,
     /// Tells incarnations of the same name apart; the later one has the greater epoch.
     pub epoch: u64,
-    /// The model to serve.
-    pub model: ModelSource,
-    /// Name of the model in requests; the model's own name if absent.
-    pub model_name: Option<String>,
-    /// How it is computed, and which layers are held. A range that begins after layer 0 makes the
+    /// The models to serve.
+    pub models: Vec<ModelSpec>,
+    /// How each is computed, and which layers are held. A range that begins after layer 0 makes the
     /// worker a later stage of a pipeline; one that ends early, the head of one.
     pub engine: EngineOptions,
     /// How long streams get to finish in a drain before they are told to resume elsewhere.
@@ -48,8 +55,7 @@ impl Config {
             id,
             address,
             epoch: epoch_now(),
-            model: ModelSource::BuiltIn,
-            model_name: None,
+            models: vec![ModelSpec::default()],
             engine: EngineOptions::default(),
             drain_timeout: Duration::from_secs(30),
             keepalive_interval: Duration::from_secs(10),

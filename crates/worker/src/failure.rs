@@ -4,11 +4,11 @@ use tercet_engine::{SequenceFailure, SubmitError};
 use tercet_proto::{InvalidRequest, Reason};
 use tonic::Status;
 
-use crate::core::Core;
+use crate::core::Hosted;
 
 /// Returns the status of a request that the engine did not take. `field` is where the prompt came
 /// from, `prompt` its length: ids after it are resumed ones.
-pub(crate) fn submit(core: &Core, error: &SubmitError, field: &str, prompt: usize) -> Status {
+pub(crate) fn submit(model: &Hosted, error: &SubmitError, field: &str, prompt: usize) -> Status {
     let message = error.to_string();
     match error {
         SubmitError::EmptyPrompt => InvalidRequest::new(field, message).into(),
@@ -21,7 +21,7 @@ pub(crate) fn submit(core: &Core, error: &SubmitError, field: &str, prompt: usiz
             InvalidRequest::new(field, format!("must be below {vocab}, got {id}")).into()
         }
         SubmitError::TooLong { tokens, limit } => too_long(field, *tokens, *limit),
-        SubmitError::QueueFull { .. } => core.overloaded(message),
+        SubmitError::QueueFull { .. } => model.overloaded(message),
         SubmitError::NoPipeline => Reason::PipelineBroken.status(message),
         SubmitError::Stopped => Reason::WorkerFailed.status(message),
     }
@@ -34,12 +34,12 @@ pub(crate) fn too_long(field: &str, tokens: usize, limit: usize) -> Status {
 }
 
 /// Returns the status of a sequence that could not go on.
-pub(crate) fn sequence(core: &Core, failure: &SequenceFailure) -> Status {
+pub(crate) fn sequence(model: &Hosted, failure: &SequenceFailure) -> Status {
     let message = failure.to_string();
     match failure {
         SequenceFailure::NonFinite => Reason::NonFinite.status(message),
         SequenceFailure::PipelineBroken(_) => Reason::PipelineBroken.status(message),
-        SequenceFailure::Stopped => core.draining(),
+        SequenceFailure::Stopped => model.draining(),
     }
 }
 

@@ -12,7 +12,7 @@ use tracing::Span;
 
 use crate::{
     completion::Completion,
-    core::{ActiveGuard, Core, wire},
+    core::{ActiveGuard, Hosted, wire},
     failure,
     inference::passed,
     mailbox::{End, Mail, Mailbox},
@@ -24,7 +24,7 @@ pub(crate) type Stream = BoxStream<'static, Result<GenerateResponse, Status>>;
 
 /// A generation in progress.
 pub(crate) struct Generation {
-    pub(crate) core: Arc<Core>,
+    pub(crate) model: Arc<Hosted>,
     pub(crate) completion: Completion,
     /// Where the engine tells of the sequence; `None` for a completion that is over.
     pub(crate) sequence: Option<(Mailbox, SequenceHandle)>,
@@ -71,7 +71,7 @@ impl Generation {
             let mail = tokio::select! {
                 // A fast engine must not hide that time is up.
                 biased;
-                () = self.core.evicted.cancelled() => Err(self.core.draining()),
+                () = self.model.evicted.cancelled() => Err(self.model.draining()),
                 () = passed(self.deadline) => Err(failure::deadline()),
                 mail = mailbox.receive() => Ok(mail),
             };
@@ -101,7 +101,7 @@ impl Generation {
         match end {
             _ if self.completion.ended().is_some() => self.finish(watched),
             None => {}
-            Some(End::Failed(failure)) => return Err(failure::sequence(&self.core, &failure)),
+            Some(End::Failed(failure)) => return Err(failure::sequence(&self.model, &failure)),
             // The completion knows by itself when it is complete: the engine lost count.
             Some(End::Finished | End::Scores(_) | End::Dropped) => {
                 return Err(failure::engine_lost());

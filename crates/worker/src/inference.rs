@@ -22,7 +22,7 @@ use tracing::{Instrument as _, Span};
 
 use crate::{
     completion::{Completion, Limits},
-    core::{ActiveGuard, Core, Loaded, Phase, wire},
+    core::{ActiveGuard, Core, Facts, Hosted, Loaded, Phase, wire},
     failure,
     generation::{Generation, Held, Stream, Watched},
     mailbox::{End, mailbox},
@@ -30,7 +30,7 @@ use crate::{
     span,
 };
 
-/// Serves requests for the model of one worker.
+/// Serves requests for the models of one worker.
 #[derive(Clone, Debug)]
 pub(crate) struct InferenceService {
     core: Arc<Core>,
@@ -72,22 +72,22 @@ impl InferenceService {
 
     /// Admits a generation and begins it.
     async fn begin(&self, call: &Call, spec: GenerateSpec) -> Result<Stream, Status> {
+        let model = self.core.find(spec.model.as_deref())?;
         // Counted before the phase is looked at, or a drain could overlook it.
-        let active = self.core.active.begin();
-        self.core.check_name(spec.model.as_deref())?;
-        let (_, engine) = self.core.serving()?;
+        let active = model.begin();
+        let (_, engine) = model.serving()?;
         let operation = match &spec.input {
             Input::Chat(_) => Operation::Chat,
             Input::Prompt(_) | Input::Tokens(_) => Operation::TextCompletion,
         };
-        let model = &self.core.facts.name;
-        record_request(&call.span, operation, model, &spec);
+        let name = &model.facts.name;
+        record_request(&call.span, operation, name, &spec);
         let mut watched = Watched {
-            recorder: Some(self.core.metrics.request(Component::Worker, operation, model)),
+            recorder: Some(model.metrics.request(Component::Worker, operation, name)),
             span: call.span.clone(),
             phase: None,
         };
-        match self.submit(call.deadline, spec, engine, active, &mut watched).await {
+        match submit(model, &engine, call.deadline, spec, active, &mut watched).await {
             Ok((generation, started)) => Ok(generation.into_stream(started, watched)),
             Err(status) => {
                 watched.fail(&status);
@@ -96,93 +96,13 @@ impl InferenceService {
         }
     }
 
-    /// Makes a request into a sequence and hands it to the engine.
-    async fn submit(
-        &self,
-        deadline: Option<Instant>,
-        spec: GenerateSpec,
-        engine: &Engine,
-        active: ActiveGuard,
-        watched: &mut Watched,
-    ) -> Result<(Generation, v1::Started), Status> {
-        let core = &self.core;
-        let held = Held { _room: core.admit()?, _active: active };
-        let seed = spec.seed().unwrap_or_else(draw_seed);
-        let GenerateSpec { input, sampling, stop, resume, .. } = spec;
-        let resumed = resume.map(|resume| resume.token_ids).unwrap_or_default();
-        let loaded = self.blocking(move |loaded| {
-            let prompt = Prompt::new(input, loaded)?;
-            let decoder = StreamDecoder::new(Arc::clone(&loaded.tokenizer), stop.strings);
-            Ok((prompt, decoder))
-        });
-        let (Prompt { ids: prompt, field }, decoder) = loaded.await?;
-
-        let prompt_tokens = prompt.len();
-        let limits = Limits {
-            max_tokens: stop
-                .max_tokens
-                .map_or(usize::MAX, |most| usize::try_from(most).unwrap_or(usize::MAX)),
-            stop_ids: if stop.ignore_eos { Vec::new() } else { core.facts.eos.clone() },
-            context: engine.context_limit(),
-        };
-        let tokens = prompt_tokens + resumed.len();
-        if tokens > limits.context {
-            return Err(failure::too_long(field, tokens, limits.context));
-        }
-        let mut completion = Completion::new(decoder, prompt_tokens, limits.clone());
-        completion.replay(&resumed).map_err(|index| {
-            let description = "ends the completion, yet more ids follow";
-            InvalidRequest::new(format!("resume.token_ids[{index}]"), description)
-        })?;
-
-        if let Some(recorder) = &watched.recorder {
-            recorder.prompt(wire(prompt_tokens));
-        }
-        let sequence = if completion.ended().is_some() {
-            None
-        } else {
-            watched.phase =
-                Some((span::Phase::Queue, span::phase(&watched.span, span::Phase::Queue)));
-            let (sink, mailbox) = mailbox();
-            let request = SequenceRequest {
-                prompt,
-                resumed,
-                sampling: self.sampling(sampling, seed),
-                output: Output::Generate {
-                    max_tokens: limits.max_tokens,
-                    stop_ids: limits.stop_ids,
-                },
-                traceparent: tercet_telemetry::traceparent_of(&watched.span),
-            };
-            let handle = engine
-                .submit(request, sink)
-                .map_err(|error| failure::submit(core, &error, field, prompt_tokens))?;
-            Some((mailbox, handle))
-        };
-        watched.span.record("gen_ai.request.seed", seed);
-        let started = v1::Started {
-            model: core.facts.name.clone(),
-            seed,
-            prompt_tokens: wire(prompt_tokens),
-        };
-        let generation = Generation {
-            core: Arc::clone(core),
-            completion,
-            sequence,
-            deadline,
-            _held: held,
-            outbox: VecDeque::new(),
-        };
-        Ok((generation, started))
-    }
-
     /// Scores tokens.
     async fn score_tokens(&self, call: &Call, spec: ScoreSpec) -> Result<Scores, Status> {
         let core = &self.core;
-        let _active = core.active.begin();
-        core.check_name(spec.model.as_deref())?;
-        let (_, engine) = core.serving()?;
-        let _room = core.admit()?;
+        let model = core.find(spec.model.as_deref())?;
+        let _active = model.begin();
+        let (_, engine) = model.serving()?;
+        let _room = model.admit()?;
         let length = spec.tokens.len();
         let (sink, mailbox) = mailbox();
         let request = SequenceRequest {
@@ -195,43 +115,20 @@ impl InferenceService {
         // Dropped with this future when the caller goes away: that cancels the sequence.
         let _handle = engine
             .submit(request, sink)
-            .map_err(|error| failure::submit(core, &error, "tokens.ids", length))?;
+            .map_err(|error| failure::submit(&model, &error, "tokens.ids", length))?;
         loop {
             let mail = tokio::select! {
                 biased;
-                () = core.evicted.cancelled() => return Err(core.draining()),
+                () = model.evicted.cancelled() => return Err(model.draining()),
                 () = passed(call.deadline) => return Err(failure::deadline()),
                 mail = mailbox.receive() => mail,
             };
             match mail.end {
                 None => {}
                 Some(End::Scores(scores)) => return Ok(scores),
-                Some(End::Failed(failure)) => return Err(failure::sequence(core, &failure)),
+                Some(End::Failed(failure)) => return Err(failure::sequence(&model, &failure)),
                 Some(End::Finished | End::Dropped) => return Err(failure::engine_lost()),
             }
-        }
-    }
-
-    /// Runs something that may take milliseconds.
-    async fn blocking<T: Send + 'static>(
-        &self,
-        work: impl FnOnce(&Loaded) -> Result<T, Status> + Send + 'static,
-    ) -> Result<T, Status> {
-        let core = Arc::clone(&self.core);
-        let worked = task::spawn_blocking(move || work(core.ready()?));
-        worked.await.unwrap_or_else(|_| {
-            Err(Reason::Poison.status("the worker broke down over the text of the request"))
-        })
-    }
-
-    /// Fills in the model's defaults.
-    fn sampling(&self, asked: SamplingSpec, seed: u64) -> SamplingParams {
-        let defaults = &self.core.facts.generation;
-        SamplingParams {
-            temperature: asked.temperature.unwrap_or(defaults.temperature),
-            top_k: asked.top_k.unwrap_or(defaults.top_k),
-            top_p: asked.top_p.unwrap_or(defaults.top_p),
-            seed,
         }
     }
 }
@@ -264,10 +161,11 @@ impl Inference for InferenceService {
         let call = Call::new("tercet.v1.Inference/Tokenize", &request);
         let tokenized = async {
             let TokenizeSpec { model, text } = request.into_inner().into();
-            self.core.check_name(model.as_deref())?;
-            self.core.serving()?;
-            let ids =
-                self.blocking(move |loaded| Ok(prompt::encode(loaded, &text, "text")?)).await?;
+            let model = self.core.find(model.as_deref())?;
+            model.serving()?;
+            let encoded =
+                blocking(&model, move |loaded| Ok(prompt::encode(loaded, &text, "text")?));
+            let ids = encoded.await?;
             Ok(v1::TokenizeResponse { tokens: Some(v1::TokenIds { ids }) })
         };
         call.answer(tokenized).await
@@ -291,12 +189,102 @@ impl Inference for InferenceService {
         request: Request<v1::ListModelsRequest>,
     ) -> Result<Response<v1::ListModelsResponse>, Status> {
         let call = Call::new("tercet.v1.Inference/ListModels", &request);
-        let models = match &*self.core.phase().borrow() {
+        let ready = self.core.models().into_iter().filter_map(|model| match model.phase() {
             // A later stage knows no identity, and nobody can ask it.
-            Phase::Ready(identity) if !identity.is_empty() => vec![self.core.facts.info(identity)],
-            _ => Vec::new(),
-        };
+            Phase::Ready(identity) if !identity.is_empty() => Some(model.facts.info(&identity)),
+            _ => None,
+        });
+        let models = ready.collect();
         call.answer(std::future::ready(Ok(v1::ListModelsResponse { models }))).await
+    }
+}
+
+/// Makes a request into a sequence and hands it to the engine.
+async fn submit(
+    model: Arc<Hosted>,
+    engine: &Engine,
+    deadline: Option<Instant>,
+    spec: GenerateSpec,
+    active: ActiveGuard,
+    watched: &mut Watched,
+) -> Result<(Generation, v1::Started), Status> {
+    let held = Held { _room: model.admit()?, _active: active };
+    let seed = spec.seed().unwrap_or_else(draw_seed);
+    let GenerateSpec { input, sampling, stop, resume, .. } = spec;
+    let resumed = resume.map(|resume| resume.token_ids).unwrap_or_default();
+    let loaded = blocking(&model, move |loaded| {
+        let prompt = Prompt::new(input, loaded)?;
+        let decoder = StreamDecoder::new(Arc::clone(&loaded.tokenizer), stop.strings);
+        Ok((prompt, decoder))
+    });
+    let (Prompt { ids: prompt, field }, decoder) = loaded.await?;
+
+    let prompt_tokens = prompt.len();
+    let limits = Limits {
+        max_tokens: stop
+            .max_tokens
+            .map_or(usize::MAX, |most| usize::try_from(most).unwrap_or(usize::MAX)),
+        stop_ids: if stop.ignore_eos { Vec::new() } else { model.facts.eos.clone() },
+        context: engine.context_limit(),
+    };
+    let tokens = prompt_tokens + resumed.len();
+    if tokens > limits.context {
+        return Err(failure::too_long(field, tokens, limits.context));
+    }
+    let mut completion = Completion::new(decoder, prompt_tokens, limits.clone());
+    completion.replay(&resumed).map_err(|index| {
+        let description = "ends the completion, yet more ids follow";
+        InvalidRequest::new(format!("resume.token_ids[{index}]"), description)
+    })?;
+
+    if let Some(recorder) = &watched.recorder {
+        recorder.prompt(wire(prompt_tokens));
+    }
+    let sequence = if completion.ended().is_some() {
+        None
+    } else {
+        watched.phase = Some((span::Phase::Queue, span::phase(&watched.span, span::Phase::Queue)));
+        let (sink, mailbox) = mailbox();
+        let request = SequenceRequest {
+            prompt,
+            resumed,
+            sampling: with_defaults(&model.facts, sampling, seed),
+            output: Output::Generate { max_tokens: limits.max_tokens, stop_ids: limits.stop_ids },
+            traceparent: tercet_telemetry::traceparent_of(&watched.span),
+        };
+        let handle = engine
+            .submit(request, sink)
+            .map_err(|error| failure::submit(&model, &error, field, prompt_tokens))?;
+        Some((mailbox, handle))
+    };
+    watched.span.record("gen_ai.request.seed", seed);
+    let started =
+        v1::Started { model: model.facts.name.clone(), seed, prompt_tokens: wire(prompt_tokens) };
+    let generation =
+        Generation { model, completion, sequence, deadline, _held: held, outbox: VecDeque::new() };
+    Ok((generation, started))
+}
+
+/// Runs something that may take milliseconds.
+async fn blocking<T: Send + 'static>(
+    model: &Arc<Hosted>,
+    work: impl FnOnce(&Loaded) -> Result<T, Status> + Send + 'static,
+) -> Result<T, Status> {
+    let model = Arc::clone(model);
+    let worked = task::spawn_blocking(move || work(&*model.ready()?));
+    worked.await.unwrap_or_else(|_| {
+        Err(Reason::Poison.status("the worker broke down over the text of the request"))
+    })
+}
+
+/// Fills in the model's defaults.
+fn with_defaults(facts: &Facts, asked: SamplingSpec, seed: u64) -> SamplingParams {
+    let defaults = &facts.generation;
+    SamplingParams {
+        temperature: asked.temperature.unwrap_or(defaults.temperature),
+        top_k: asked.top_k.unwrap_or(defaults.top_k),
+        top_p: asked.top_p.unwrap_or(defaults.top_p),
+        seed,
     }
 }
 

@@ -32,7 +32,7 @@ mod tests;
 mod worker;
 
 pub use self::{
-    config::{Config, ModelSource},
+    config::{Config, ModelSource, ModelSpec},
     load::LoadError,
     worker::{BuildError, Condition, ServeError, Worker},
 };

@@ -21,7 +21,10 @@ use tonic::{
     transport::{Channel, Endpoint, server::TcpIncoming},
 };
 
-use crate::{Condition, Config, ServeError, Worker, core::Role};
+use crate::{
+    Condition, Config, ServeError, Worker,
+    core::{Hosted, Role},
+};
 
 /// Longest any step of a test may take, on a machine with other things to do.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -88,9 +91,14 @@ impl Node {
         soon("the end", self.serving.join_next()).await.unwrap().unwrap()
     }
 
+    /// Returns the only model.
+    fn model(&self) -> Arc<Hosted> {
+        self.condition.core.find(None).unwrap()
+    }
+
     /// Returns the load of the engine.
     fn load(&self) -> Load {
-        match &self.condition.core.loaded().unwrap().role {
+        match &self.model().loaded().unwrap().role {
             Role::Engine(engine) => engine.load_now(),
             Role::Stage(_) => panic!("a stage has no scheduler"),
         }

@@ -15,7 +15,6 @@ use tercet_telemetry::{Metrics, PageState, SequenceState};
 use thiserror::Error;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    sync::watch,
     task::{self, JoinSet},
     time::{self, MissedTickBehavior},
 };
@@ -25,7 +24,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
     Config, LoadError,
-    core::{Core, Facts, Phase, Role},
+    core::{Core, Facts, Hosted, Phase, Role},
     describe::DescribeService,
     inference::InferenceService,
     load,
@@ -51,7 +50,7 @@ const CONNECTION_WINDOW: u32 = 32 << 20;
 pub struct Worker {
     core: Arc<Core>,
     registry: Arc<dyn Registry>,
-    model: ModelFile,
+    models: Vec<(Arc<Hosted>, ModelFile)>,
 }
 
 /// Why a worker cannot be built.
@@ -60,6 +59,12 @@ pub enum BuildError {
     /// The configuration or the model file is at fault.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// The configuration is at fault.
+    #[error("two models are named {name:?}: give them names of their own")]
+    SameName {
+        /// The name.
+        name: String,
+    },
 }
 
 /// Why a worker does not serve, or serves no longer.
@@ -97,37 +102,44 @@ pub struct Condition {
 impl Condition {
     /// Returns whether the worker takes requests, or steps if it is a later stage, or why not.
     pub fn ready(&self) -> Result<(), String> {
-        match &*self.core.phase().borrow() {
-            Phase::Ready(_) => Ok(()),
-            Phase::Loading(why) => Err((*why).to_owned()),
-            Phase::Draining => Err("draining".to_owned()),
-        }
+        self.core.ready()
     }
 
     /// Returns whether the worker is worth keeping, or why not. Depends on nothing outside of the
     /// process.
     pub fn live(&self) -> Result<(), String> {
-        if computes(&self.core) { Ok(()) } else { Err("the compute thread ended".to_owned()) }
+        if self.core.models().iter().all(|model| computes(model)) {
+            Ok(())
+        } else {
+            Err("the compute thread ended".to_owned())
+        }
     }
 }
 
 impl Worker {
-    /// Opens the model, headers only, and wires a worker for it.
+    /// Opens the models, headers only, and wires a worker for them.
     ///
     /// # Errors
-    /// When the model cannot be opened or does not have the layers asked for.
+    /// When a model cannot be opened or does not have the layers asked for, or two have one name.
     pub fn build(
         config: Config,
         registry: Arc<dyn Registry>,
         metrics: Metrics,
     ) -> Result<Self, BuildError> {
-        let model = load::open(&config.model)?;
-        let facts = Facts::new(&model, &config);
-        let (start, end, layers) = (facts.layers.start, facts.layers.end, model.config.layers);
-        if start >= end || end > layers {
-            return Err(ModelError::Layers { start, end, layers }.into());
+        let core = Core::new(config, metrics);
+        let mut models = Vec::with_capacity(core.config.models.len());
+        for spec in &core.config.models {
+            let file = load::open(&spec.source)?;
+            let facts = Facts::new(&file, spec, &core.config);
+            let (start, end, layers) = (facts.layers.start, facts.layers.end, file.config.layers);
+            if start >= end || end > layers {
+                return Err(ModelError::Layers { start, end, layers }.into());
+            }
+            let name = facts.name.clone();
+            let hosted = core.host(facts).ok_or(BuildError::SameName { name })?;
+            models.push((hosted, file));
         }
-        Ok(Self { core: Arc::new(Core::new(config, facts, metrics)), registry, model })
+        Ok(Self { core: Arc::new(core), registry, models })
     }
 
     /// Returns what tells how the worker is.
@@ -156,7 +168,7 @@ impl Worker {
         C::ConnectInfo: Clone + Send + Sync + 'static,
         E: Into<Box<dyn StdError + Send + Sync>> + Send,
     {
-        let Self { core, registry, model } = self;
+        let Self { core, registry, models } = self;
         let (done, closing) = (CancellationToken::new(), CancellationToken::new());
         // With a dropped future, streams and links end as well.
         let _guards = (done.clone().drop_guard(), core.evicted.clone().drop_guard());
@@ -184,7 +196,9 @@ impl Worker {
                 membership::take_part(Arc::clone(&core), Arc::clone(&registry), done.clone());
             async move { Ok(part.await?) }
         });
-        background.spawn(until(done.clone(), compute(Arc::clone(&core), model, registry)));
+        for (model, file) in models {
+            background.spawn(until(done.clone(), compute(model, file, Arc::clone(&registry))));
+        }
         background.spawn(until(done.clone(), look_after(Arc::clone(&core))));
 
         let (ended, accepting) = tokio::select! {
@@ -194,7 +208,7 @@ impl Worker {
             Some(ended) = background.join_next() => (flatten(ended), true),
         };
 
-        core.enter(Phase::Draining);
+        core.drain();
         tracing::info!(worker = %core.config.id, "draining");
         {
             let drain = pin!(drain(&core, &closing));
@@ -232,7 +246,7 @@ impl Worker {
 
 /// Lets streams finish, ends those that take too long, and closes the connections.
 async fn drain(core: &Core, closing: &CancellationToken) {
-    if time::timeout(core.config.drain_timeout, core.active.idle()).await.is_err() {
+    if time::timeout(core.config.drain_timeout, core.idle()).await.is_err() {
         tracing::warn!("streams are left after the drain timeout: they end now");
     }
     core.evicted.cancel();
@@ -255,27 +269,27 @@ fn flatten(ended: Result<Result<(), ServeError>, task::JoinError>) -> Result<(),
     ended.unwrap_or_else(|error| Err(ServeError::BrokeDown(error.to_string())))
 }
 
-/// Loads the model, warms it up, and lets requests in.
+/// Loads a model, warms it up, and lets requests in.
 async fn compute(
-    core: Arc<Core>,
-    model: ModelFile,
+    model: Arc<Hosted>,
+    file: ModelFile,
     registry: Arc<dyn Registry>,
 ) -> Result<Infallible, ServeError> {
-    let loading = Arc::clone(&core);
+    let loading = Arc::clone(&model);
     let loaded = task::spawn_blocking(move || {
-        load::load(&model, &loading.config, &loading.facts, &loading.metrics)
+        load::load(&file, &loading.config, &loading.facts, &loading.metrics)
     });
     let loaded = loaded.await.map_err(|error| ServeError::BrokeDown(error.to_string()))??;
-    core.install(loaded);
-    let Some(loaded) = core.loaded() else { return Err(ServeError::EngineLost) };
+    let loaded = Arc::new(loaded);
+    model.install(Arc::clone(&loaded));
     let identity: Arc<str> = match &loaded.role {
         Role::Engine(engine) if engine.is_whole() => {
             warm_up(engine).await.map_err(ServeError::WarmUp)?;
-            model_file::identity(&core.facts.header_digest, &loaded.parts).into()
+            model_file::identity(&model.facts.header_digest, &loaded.parts).into()
         }
         Role::Engine(engine) => {
             let engine = Arc::clone(engine);
-            return Ok(head::lead(Arc::clone(&core), engine, loaded, registry.watch()).await);
+            return Ok(head::lead(model, engine, &loaded, registry.watch()).await);
         }
         Role::Stage(stage) => {
             stage.warm_up().await.map_err(ServeError::WarmUp)?;
@@ -283,12 +297,12 @@ async fn compute(
         }
     };
     tracing::info!(
-        model = core.facts.name,
-        layers = core.facts.layers_label(),
+        model = model.facts.name,
+        layers = model.facts.layers_label(),
         %identity,
         "the model is warm"
     );
-    core.enter(Phase::Ready(identity));
+    model.enter(Phase::Ready(identity));
     std::future::pending().await
 }
 
@@ -319,40 +333,43 @@ async fn look_after(core: Arc<Core>) -> Result<Infallible, ServeError> {
     heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         heartbeat.tick().await;
-        if !computes(&core) {
-            return Err(ServeError::EngineLost);
-        }
-        // A later stage counts by itself, step by step.
-        if let Some(Role::Engine(engine)) = core.loaded().map(|loaded| &loaded.role) {
-            let load = engine.load_now();
-            core.metrics.set_sequences(SequenceState::Running, load.running);
-            core.metrics.set_sequences(SequenceState::Waiting, load.waiting);
-            core.metrics.set_kv_pages(PageState::Used, load.pages_used);
-            core.metrics.set_kv_pages(PageState::Free, load.pages - load.pages_used);
+        for model in core.models() {
+            let Some(loaded) = model.loaded() else { continue };
+            if !computes(&model) {
+                return Err(ServeError::EngineLost);
+            }
+            // A later stage counts by itself, step by step.
+            if let Role::Engine(engine) = &loaded.role {
+                let load = engine.load_now();
+                core.metrics.set_sequences(SequenceState::Running, load.running);
+                core.metrics.set_sequences(SequenceState::Waiting, load.waiting);
+                core.metrics.set_kv_pages(PageState::Used, load.pages_used);
+                core.metrics.set_kv_pages(PageState::Free, load.pages - load.pages_used);
+            }
         }
     }
 }
 
 /// Returns whether the compute thread runs, or is still to be started.
-fn computes(core: &Core) -> bool {
-    core.loaded().is_none_or(|loaded| match &loaded.role {
+fn computes(model: &Hosted) -> bool {
+    model.loaded().is_none_or(|loaded| match &loaded.role {
         Role::Engine(engine) => engine.is_alive(),
         Role::Stage(stage) => stage.is_alive(),
     })
 }
 
-/// Tells health as the phase changes.
+/// Tells health as the models change.
 async fn report_health(
     reporter: HealthReporter,
     core: Arc<Core>,
     done: CancellationToken,
 ) -> Result<(), ServeError> {
-    let mut phase: watch::Receiver<Phase> = core.phase();
+    let mut changes = core.changes();
     loop {
-        let ready = matches!(&*phase.borrow_and_update(), Phase::Ready(_));
-        report(&reporter, &core, ready).await;
+        changes.mark_unchanged();
+        report(&reporter, &core, core.ready().is_ok()).await;
         tokio::select! {
-            changed = phase.changed() => if changed.is_err() { return Ok(()) },
+            changed = changes.changed() => if changed.is_err() { return Ok(()) },
             () = done.cancelled() => return Ok(()),
         }
     }
@@ -360,8 +377,8 @@ async fn report_health(
 
 /// Tells the health of the server and its services.
 async fn report(reporter: &HealthReporter, core: &Core, ready: bool) {
-    let served =
-        if core.facts.is_later_stage() { "tercet.v1.Pipeline" } else { "tercet.v1.Inference" };
+    let stage = core.config.engine.layers.as_ref().is_some_and(|layers| layers.start > 0);
+    let served = if stage { "tercet.v1.Pipeline" } else { "tercet.v1.Inference" };
     let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
     for name in ["", served] {
         reporter.set_service_status(name, status).await;

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use futures::{Stream, StreamExt};
 use tercet_cluster::{
-    LayerRange, MemoryRegistry, ModelRecord, Registration, Registry, WorkerRecord, WorkerState,
+    LayerRange, MemoryRegistry, ModelRecord, ModelState, Registration, Registry, WorkerRecord,
+    WorkerState,
 };
 use tercet_proto::v1;
 use tercet_proto::v1::generate_response::Event;
@@ -67,6 +68,7 @@ pub(super) fn model(name: &str, identity: &str) -> ModelRecord {
         layer_count: 4,
         context_length: 512,
         vocab_size: 32_000,
+        state: ModelState::Ready,
     }
 }
 

@@ -18,7 +18,7 @@ use tonic::Status;
 use super::{link::Link, wire};
 use crate::{
     config::epoch_now,
-    core::{Core, Loaded, Phase, wire as number},
+    core::{Hosted, Loaded, Phase, wire as number},
     worker::warm_up,
 };
 
@@ -36,24 +36,24 @@ const RETIRING: &str = "a later stage of the pipeline is about to stop";
 
 /// Leads a pipeline for ever.
 pub(crate) async fn lead(
-    core: Arc<Core>,
+    model: Arc<Hosted>,
     engine: Arc<Engine>,
     loaded: &Loaded,
     mut views: watch::Receiver<Arc<View>>,
 ) -> Infallible {
-    let mut epoch = core.config.epoch;
+    let mut epoch = model.config.epoch;
     let mut pause = FIRST_PAUSE;
     loop {
-        core.enter(Phase::Loading(SEARCHING));
+        model.enter(Phase::Loading(SEARCHING));
         let view = Arc::clone(&views.borrow_and_update());
-        let chains = chains(&view, &core);
+        let chains = chains(&view, &model);
         let mut served = false;
         for chain in &chains {
             // Greater than all before, also those of this worker's earlier lives.
             epoch = epoch_now().max(epoch + 1);
-            match Led::connect(&core, loaded, chain, epoch).await {
+            match Led::connect(&model, loaded, chain, epoch).await {
                 Ok(led) => {
-                    let ended = led.serve(&core, &engine, &mut views).await;
+                    let ended = led.serve(&model, &engine, &mut views).await;
                     tracing::warn!(epoch, stages = ?names(chain), ended, "the pipeline is apart");
                     served = true;
                     break;
@@ -85,11 +85,10 @@ fn names(chain: &[&WorkerRecord]) -> Vec<String> {
 
 /// Returns the chains of workers that continue the layers held here to the end of the same model,
 /// those of lower names first.
-fn chains<'a>(view: &'a View, core: &Core) -> Vec<Vec<&'a WorkerRecord>> {
-    let own = core.record(&Phase::Loading(""));
-    let Some(model) = own.models.into_iter().next() else { return Vec::new() };
+fn chains<'a>(view: &'a View, model: &Hosted) -> Vec<Vec<&'a WorkerRecord>> {
+    let own = model.record(&Phase::Loading(""));
     let mut found = Vec::new();
-    extend_chain(view, &model, model.layers.end, &mut Vec::new(), &mut found);
+    extend_chain(view, &own, own.layers.end, &mut Vec::new(), &mut found);
     found
 }
 
@@ -137,7 +136,7 @@ struct Led {
 impl Led {
     /// Connects a chain and checks that it makes a whole model.
     async fn connect(
-        core: &Core,
+        model: &Hosted,
         loaded: &Loaded,
         chain: &[&WorkerRecord],
         epoch: u64,
@@ -147,16 +146,16 @@ impl Led {
             return Err(Reason::PipelineBroken.status("the chain is empty"));
         };
         let hello = v1::Hello {
-            model: core.facts.name.clone(),
-            header_digest: core.facts.header_digest.to_vec(),
+            model: model.facts.name.clone(),
+            header_digest: model.facts.header_digest.to_vec(),
             epoch,
-            first_layer: number(core.facts.layers.end),
+            first_layer: number(model.facts.layers.end),
             next_addresses: addresses.collect(),
-            head: core.config.id.to_string(),
+            head: model.config.id.to_string(),
         };
         let link = Link::open(&next, hello).await?;
         let identity =
-            identity(&core.facts.header_digest, core.facts.config.layers, loaded, &link.parts)?;
+            identity(&model.facts.header_digest, model.facts.config.layers, loaded, &link.parts)?;
         let stages = chain.iter().map(|worker| (worker.id.clone(), worker.epoch)).collect();
         Ok(Self { epoch, link, stages, identity: identity.into() })
     }
@@ -164,7 +163,7 @@ impl Led {
     /// Computes with the pipeline until it breaks or a stage wants to go; returns what happened.
     async fn serve(
         mut self,
-        core: &Arc<Core>,
+        model: &Arc<Hosted>,
         engine: &Arc<Engine>,
         views: &mut watch::Receiver<Arc<View>>,
     ) -> String {
@@ -174,15 +173,15 @@ impl Led {
             stages: self.stages.len() + 1,
             kv_pages: self.link.kv_pages,
         });
-        let ended = self.run(core, engine, views).await;
-        core.enter(Phase::Loading(SEARCHING));
+        let ended = self.run(model, engine, views).await;
+        model.enter(Phase::Loading(SEARCHING));
         engine.detach(self.epoch, &ended);
         ended
     }
 
     async fn run(
         &mut self,
-        core: &Arc<Core>,
+        model: &Arc<Hosted>,
         engine: &Arc<Engine>,
         views: &mut watch::Receiver<Arc<View>>,
     ) -> String {
@@ -207,7 +206,7 @@ impl Led {
                         let stages = self.stages.len() + 1;
                         tracing::info!(epoch = self.epoch, stages, "the pipeline is ready");
                         if !retiring {
-                            core.enter(Phase::Ready(Arc::clone(&self.identity)));
+                            model.enter(Phase::Ready(Arc::clone(&self.identity)));
                         }
                     }
                     Err(failed) => return format!("the warm-up failed: {failed}"),
@@ -217,10 +216,10 @@ impl Led {
                     watching = changed.is_ok();
                     if !retiring && self.drains(&views.borrow_and_update()) {
                         retiring = true;
-                        core.enter(Phase::Loading(RETIRING));
+                        model.enter(Phase::Loading(RETIRING));
                     }
                 }
-                () = core.active.idle(), if retiring => return RETIRING.to_owned(),
+                () = model.active.idle(), if retiring => return RETIRING.to_owned(),
             }
         }
     }

@@ -20,7 +20,7 @@ use super::{
     stage::{Answers, Command, Seated, Stage},
     wire,
 };
-use crate::core::{ActiveGuard, Core, Loaded, Role, wire as number};
+use crate::core::{ActiveGuard, Core, Facts, Hosted, Loaded, Role, wire as number};
 
 /// How long the stage before may take to say hello.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
@@ -34,7 +34,9 @@ pub(crate) struct PipelineService {
 impl PipelineService {
     /// Returns the service, which takes messages as large as steps can be.
     pub(crate) fn server(core: Arc<Core>) -> PipelineServer<Self> {
-        let limit = message_limit(&core.config.engine, core.facts.config.hidden);
+        // Those whose layers are not the first are here from the start.
+        let widest = core.models().iter().map(|model| model.facts.config.hidden).max();
+        let limit = message_limit(&core.config.engine, widest.unwrap_or_default());
         PipelineServer::new(Self { core }).max_decoding_message_size(limit)
     }
 }
@@ -47,9 +49,6 @@ impl Pipeline for PipelineService {
         &self,
         request: Request<Streaming<ConnectRequest>>,
     ) -> Result<Response<Self::ConnectStream>, Status> {
-        // Counted before the phase is looked at, or a drain could overlook it.
-        let active = self.core.active.begin();
-        stage(&self.core)?;
         let mut incoming = request.into_inner();
         let greeting = time::timeout(HELLO_TIMEOUT, incoming.message()).await;
         let hello = match greeting {
@@ -59,31 +58,37 @@ impl Pipeline for PipelineService {
             },
             Err(_) => return Err(Status::deadline_exceeded("no hello came")),
         };
-        check(&self.core, &hello)?;
+        let model = self.core.model(&hello.model).ok_or_else(|| {
+            let v1::Hello { head, model, .. } = &hello;
+            Reason::ModelMismatch.status(format!("head {head} has model {model:?}: it is not here"))
+        })?;
+        // Counted before the phase is looked at, or a drain could overlook it.
+        let active = model.begin();
+        let loaded = model.ready()?;
+        stage(&model.facts, &loaded)?;
+        check(&model.facts, &hello)?;
         let (answers, outgoing) = mpsc::channel(QUEUE);
-        let server = LinkServer { core: Arc::clone(&self.core), hello, answers, incoming };
+        let server = LinkServer { model, loaded, hello, answers, incoming };
         // Says ready itself: the stage is taken for as long as the task runs.
         self.core.tasks.spawn(server.run(active));
         Ok(Response::new(ReceiverStream::new(outgoing)))
     }
 }
 
-/// Returns the stage, if it takes steps now.
-fn stage(core: &Core) -> Result<&Stage, Status> {
-    if !core.facts.is_later_stage() {
-        let layers = core.facts.layers_label();
-        return Err(Status::unimplemented(format!("layers {layers} follow no other stage")));
-    }
-    match core.ready()? {
-        Loaded { role: Role::Stage(stage), .. } => Ok(stage),
-        Loaded { role: Role::Engine(_), .. } => unreachable!("an engine begins at layer 0"),
+/// Returns the stage, if the model is one.
+fn stage<'a>(facts: &Facts, loaded: &'a Loaded) -> Result<&'a Stage, Status> {
+    match &loaded.role {
+        Role::Stage(stage) => Ok(stage),
+        Role::Engine(_) => {
+            let layers = facts.layers_label();
+            Err(Status::unimplemented(format!("layers {layers} follow no other stage")))
+        }
     }
 }
 
 /// Checks that the stage before means this model, and these layers of it.
-fn check(core: &Core, hello: &v1::Hello) -> Result<(), Status> {
-    let facts = &core.facts;
-    if hello.model != facts.name || hello.header_digest != facts.header_digest {
+fn check(facts: &Facts, hello: &v1::Hello) -> Result<(), Status> {
+    if hello.header_digest != facts.header_digest {
         return Err(Reason::ModelMismatch.status(format!(
             "head {} has another model {}: configuration, tokenizer, template or numerics differ \
              from those of {} here",
@@ -105,7 +110,8 @@ fn check(core: &Core, hello: &v1::Hello) -> Result<(), Status> {
 
 /// One link, for as long as it lives.
 struct LinkServer {
-    core: Arc<Core>,
+    model: Arc<Hosted>,
+    loaded: Arc<Loaded>,
     hello: v1::Hello,
     answers: Answers,
     incoming: Streaming<ConnectRequest>,
@@ -113,8 +119,8 @@ struct LinkServer {
 
 impl LinkServer {
     async fn run(mut self, _active: ActiveGuard) {
-        let core = Arc::clone(&self.core);
-        let ended = match stage(&core) {
+        let loaded = Arc::clone(&self.loaded);
+        let ended = match stage(&self.model.facts, &loaded) {
             Ok(stage) => self.serve(stage).await,
             Err(status) => Err(status),
         };
@@ -159,7 +165,7 @@ impl LinkServer {
     async fn open_next(&self) -> Result<Option<Link>, Status> {
         let Some((next, rest)) = self.hello.next_addresses.split_first() else { return Ok(None) };
         let hello = v1::Hello {
-            first_layer: number(self.core.facts.layers.end),
+            first_layer: number(self.model.facts.layers.end),
             next_addresses: rest.to_vec(),
             ..self.hello.clone()
         };
@@ -179,7 +185,7 @@ impl LinkServer {
                 () = seated.replaced.cancelled() => {
                     return Err(Reason::StaleEpoch.status("a later link of this head began"));
                 }
-                () = self.core.evicted.cancelled() => return Err(self.core.draining()),
+                () = self.model.evicted.cancelled() => return Err(self.model.draining()),
                 () = answers.closed() => return Ok(()),
                 result = result_of(next.as_deref_mut()) => {
                     self.answer(connect_response::Kind::Result(result?))?;

@@ -56,7 +56,7 @@ async fn a_worker_that_was_replaced_stops() {
     })
     .await;
     // The first one finds out when it has something to tell.
-    node.condition.core.enter(crate::core::Phase::Loading("a test"));
+    node.model().enter(crate::core::Phase::Loading("a test"));
     assert!(matches!(node.ended().await, Err(ServeError::Cluster(_))));
     let view = in_state(&registry, "whole", WorkerState::Ready).await;
     assert_eq!(view.workers.values().next().unwrap().address, replacement.address);

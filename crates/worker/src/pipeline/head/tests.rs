@@ -3,21 +3,27 @@ use tercet_engine::demo;
 use tercet_telemetry::Metrics;
 
 use super::*;
-use crate::{Config, core::Facts};
+use crate::{
+    Config, ModelSpec,
+    core::{Core, Facts},
+};
 
 /// A head with layers 0..1 of the built-in model, told to have 4.
-fn core() -> Core {
+fn core() -> (Core, Arc<Hosted>) {
     let mut config = Config::new("head".parse().unwrap(), "head:1".to_owned());
     config.engine.layers = Some(0..1);
     let mut model = demo::model().unwrap();
     model.config.layers = 4;
-    let facts = Facts::new(&model, &config);
-    Core::new(config, facts, Metrics::new())
+    let facts = Facts::new(&model, &ModelSpec::default(), &config);
+    let core = Core::new(config, Metrics::new());
+    let model = core.host(facts).unwrap();
+    model.enter(Phase::Ready("".into()));
+    (core, model)
 }
 
 fn view(core: &Core, stages: &[(&str, u32, u32)]) -> View {
     let record = |(id, start, end): (&str, u32, u32)| {
-        let mut record = core.record(&Phase::Ready("".into()));
+        let mut record = core.record();
         record.id = id.parse().unwrap();
         record.models[0].layers = LayerRange { start, end };
         record
@@ -30,28 +36,28 @@ fn view(core: &Core, stages: &[(&str, u32, u32)]) -> View {
     view
 }
 
-fn found(core: &Core, view: &View) -> Vec<String> {
-    chains(view, core).iter().map(|chain| names(chain).join(" ")).collect()
+fn found(model: &Hosted, view: &View) -> Vec<String> {
+    chains(view, model).iter().map(|chain| names(chain).join(" ")).collect()
 }
 
 #[test]
 fn chains_reach_the_end_by_lowest_names_first() {
-    let core = core();
-    assert!(found(&core, &view(&core, &[])).is_empty());
-    assert!(found(&core, &view(&core, &[("b", 1, 3)])).is_empty(), "the end is missing");
-    assert!(found(&core, &view(&core, &[("b", 2, 4)])).is_empty(), "there is a gap");
+    let (core, model) = core();
+    assert!(found(&model, &view(&core, &[])).is_empty());
+    assert!(found(&model, &view(&core, &[("b", 1, 3)])).is_empty(), "the end is missing");
+    assert!(found(&model, &view(&core, &[("b", 2, 4)])).is_empty(), "there is a gap");
     let all = view(&core, &[("d", 1, 4), ("c", 3, 4), ("b", 1, 3), ("e", 3, 4), ("a", 0, 4)]);
-    assert_eq!(found(&core, &all), ["b c", "b e", "d"]);
+    assert_eq!(found(&model, &all), ["b c", "b e", "d"]);
 }
 
 #[test]
 fn only_ready_stages_of_the_same_model_are_chained() {
-    let core = core();
+    let (core, model) = core();
     let spoil = |change: fn(&mut WorkerRecord)| {
         let mut view = view(&core, &[("b", 1, 4)]);
-        assert_eq!(found(&core, &view), ["b"]);
+        assert_eq!(found(&model, &view), ["b"]);
         change(Arc::make_mut(view.workers.get_mut(&"b".parse().unwrap()).unwrap()));
-        found(&core, &view)
+        found(&model, &view)
     };
     assert!(spoil(|worker| worker.state = WorkerState::Loading).is_empty());
     assert!(spoil(|worker| worker.state = WorkerState::Draining).is_empty());

@@ -24,7 +24,7 @@ use crate::{
     model_file::{ModelConfig, ModelError, ModelFile},
     pipeline::Downstream,
     plan::StepResult,
-    pool::PoolError,
+    pool::{ComputePool, PoolError},
     request::{SequenceEvent, SequenceRequest, SubmitError},
     runner::{LogitsObserver, StageRunner},
     scheduler::{Load, RequestKey, Scheduler, SchedulerConfig},
@@ -148,6 +148,7 @@ struct Facts {
     isa: Isa,
     scheduler: SchedulerConfig,
     weights: Arc<crate::model_file::StageWeights>,
+    kv_bytes: usize,
 }
 
 #[derive(Debug)]
@@ -192,7 +193,7 @@ pub struct SequenceHandle {
 }
 
 impl Engine {
-    /// Loads the weights and starts computing. Layers, if a range is given, must begin at 0.
+    /// Loads the weights and starts computing, on threads of its own. Layers, if a range is given, must begin at 0.
     pub fn load(model: &ModelFile, options: &EngineOptions) -> Result<Self, EngineError> {
         Self::load_observed(model, options, None)
     }
@@ -201,6 +202,17 @@ impl Engine {
     pub fn load_observed(
         model: &ModelFile,
         options: &EngineOptions,
+        observer: Option<LogitsObserver>,
+    ) -> Result<Self, EngineError> {
+        Self::load_on(model, options, &ComputePool::new(options.threads)?, observer)
+    }
+
+    /// As [`Self::load_observed`], computed on the threads of `pool`, whatever `options` says of
+    /// threads: engines that share a pool take turns, step by step.
+    pub fn load_on(
+        model: &ModelFile,
+        options: &EngineOptions,
+        pool: &ComputePool,
         observer: Option<LogitsObserver>,
     ) -> Result<Self, EngineError> {
         for (limit, name) in [
@@ -219,7 +231,7 @@ impl Engine {
                 expected: "an engine begins at layer 0; later layers follow one".to_owned(),
             });
         }
-        let mut runner = StageRunner::load(model, layers.clone(), options)?;
+        let mut runner = StageRunner::load(model, layers.clone(), options, pool.clone())?;
         runner.observe_logits(observer);
         let scheduler = SchedulerConfig {
             vocab: model.config.vocab,
@@ -245,6 +257,7 @@ impl Engine {
             isa: runner.isa(),
             scheduler,
             weights: runner.weights(),
+            kv_bytes: runner.kv_bytes(),
         };
         let computer = Computer {
             shared: Arc::clone(&shared),
@@ -289,6 +302,12 @@ impl Engine {
     /// Returns the most sequences computed at once.
     pub fn max_sequences(&self) -> usize {
         self.facts.scheduler.max_sequences
+    }
+
+    /// Returns the bytes of the KV cache: at most those of the options, and no more than the
+    /// sequences can fill.
+    pub fn kv_bytes(&self) -> usize {
+        self.facts.kv_bytes
     }
 
     /// Returns the digests of the tensors held. Hashes them all: not for a hurry.

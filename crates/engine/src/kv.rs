@@ -106,6 +106,11 @@ impl KvCache {
         self.pages
     }
 
+    /// Returns the bytes of all pages.
+    pub(crate) fn bytes(&self) -> usize {
+        self.pages * self.shape.page_bytes()
+    }
+
     pub(crate) fn pages_in_use(&self) -> usize {
         self.pages - self.free.len()
     }

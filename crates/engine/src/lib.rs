@@ -38,7 +38,7 @@ pub use self::{
     kv::{KvError, PAGE_POSITIONS},
     model_file::{ModelConfig, ModelError, ModelFile},
     pipeline::{Downstream, Followed, Follower, LinkLost, StageFrame},
-    pool::PoolError,
+    pool::{ComputePool, PoolError},
     request::{Output, SequenceEvent, SequenceFailure, SequenceRequest, StopReason, SubmitError},
     runner::LogitsObserver,
     sampler::SamplingParams,

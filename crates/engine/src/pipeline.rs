@@ -8,6 +8,7 @@ use crate::{
     engine::{EngineError, EngineOptions, StepError},
     model_file::{ModelFile, StageWeights},
     plan::{StepPlan, StepResult},
+    pool::ComputePool,
     runner::{Input, LogitsObserver, Produced, StageRunner},
 };
 
@@ -48,8 +49,18 @@ pub enum Followed {
 }
 
 impl Follower {
-    /// Loads the weights of `options.layers`, which must begin after layer 0.
+    /// Loads the weights of `options.layers`, which must begin after layer 0, to be computed on
+    /// threads of its own.
     pub fn load(model: &ModelFile, options: &EngineOptions) -> Result<Self, EngineError> {
+        Self::load_on(model, options, &ComputePool::new(options.threads)?)
+    }
+
+    /// As [`Self::load`], to be computed on the threads of `pool`.
+    pub fn load_on(
+        model: &ModelFile,
+        options: &EngineOptions,
+        pool: &ComputePool,
+    ) -> Result<Self, EngineError> {
         let layers = options.layers.clone().unwrap_or(0..model.config.layers);
         if layers.start == 0 {
             return Err(EngineError::Layers {
@@ -57,7 +68,7 @@ impl Follower {
                 expected: "a later stage begins after layer 0".to_owned(),
             });
         }
-        let runner = StageRunner::load(model, layers.clone(), options)?;
+        let runner = StageRunner::load(model, layers.clone(), options, pool.clone())?;
         Ok(Self { runner, layers })
     }
 
@@ -74,6 +85,11 @@ impl Follower {
     /// Returns the pages of the KV cache.
     pub fn kv_pages(&self) -> usize {
         self.runner.kv_pages()
+    }
+
+    /// Returns the bytes of the KV cache.
+    pub fn kv_bytes(&self) -> usize {
+        self.runner.kv_bytes()
     }
 
     /// Returns the pages of the KV cache that hold positions.

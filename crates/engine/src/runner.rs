@@ -56,6 +56,7 @@ impl StageRunner {
         model: &ModelFile,
         layers: Range<usize>,
         options: &EngineOptions,
+        pool: ComputePool,
     ) -> Result<Self, EngineError> {
         let total = model.config.layers;
         if layers.is_empty() || layers.end > total {
@@ -81,7 +82,6 @@ impl StageRunner {
         // More pages than all sequences together can fill would never be used.
         let useful =
             options.max_sequences.saturating_mul(crate::kv::pages_for(model.config.context));
-        let pool = ComputePool::new(options.threads)?;
         Ok(Self {
             weights: Arc::new(model.load(layers)?),
             kernels,
@@ -111,6 +111,11 @@ impl StageRunner {
         self.kv.pages()
     }
 
+    /// Returns the bytes of the KV cache.
+    pub(crate) fn kv_bytes(&self) -> usize {
+        self.kv.bytes()
+    }
+
     pub(crate) fn kv_pages_in_use(&self) -> usize {
         self.kv.pages_in_use()
     }
@@ -129,6 +134,8 @@ impl StageRunner {
         input: Input<'_>,
     ) -> Result<Produced, StepError> {
         self.open_and_close(plan)?;
+        let pool = self.pool.clone();
+        let _turn = pool.turn();
         let rows = rows_of(plan);
         self.check(plan.step, rows.len(), &input)?;
         self.work.fit(rows.len());

@@ -11,6 +11,7 @@ use std::{
 };
 
 use tercet_cluster::{WorkerRecord, WorkerState};
+use tercet_engine::{ComputePool, PoolError};
 use tercet_proto::{InvalidRequest, Reason};
 use tercet_telemetry::Metrics;
 use tokio::sync::watch;
@@ -28,6 +29,8 @@ const LISTED: usize = 8;
 pub(crate) struct Core {
     pub(crate) config: Arc<Config>,
     pub(crate) metrics: Metrics,
+    /// The compute threads, for all models.
+    pub(crate) pool: ComputePool,
     /// The models by name. Held for a look-up.
     models: RwLock<BTreeMap<String, Arc<Hosted>>>,
     /// Grows with every change of the models and of their phases.
@@ -40,8 +43,9 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    pub(crate) fn new(config: Config, metrics: Metrics) -> Self {
-        Self {
+    pub(crate) fn new(config: Config, metrics: Metrics) -> Result<Self, PoolError> {
+        Ok(Self {
+            pool: ComputePool::new(config.engine.threads)?,
             config: Arc::new(config),
             metrics,
             models: RwLock::default(),
@@ -49,7 +53,7 @@ impl Core {
             draining: AtomicBool::new(false),
             evicted: CancellationToken::new(),
             tasks: TaskTracker::new(),
-        }
+        })
     }
 
     /// Adds a model that is still to be loaded; nothing if there is one of that name.

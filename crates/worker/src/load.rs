@@ -3,13 +3,12 @@
 use std::sync::Arc;
 
 use tercet_engine::{Engine, EngineError, Follower, ModelError, ModelFile, demo};
-use tercet_telemetry::Metrics;
 use tercet_text::{ChatTemplate, TemplateError, Tokenizer, TokenizerError};
 use thiserror::Error;
 
 use crate::{
-    Config, ModelSource,
-    core::{Facts, Loaded, Role},
+    ModelSource,
+    core::{Hosted, Loaded, Role},
     pipeline::Stage,
 };
 
@@ -42,24 +41,20 @@ pub(crate) fn open(source: &ModelSource) -> Result<ModelFile, ModelError> {
 }
 
 /// Loads the layers that the worker holds.
-pub(crate) fn load(
-    model: &ModelFile,
-    config: &Config,
-    facts: &Facts,
-    metrics: &Metrics,
-) -> Result<Loaded, LoadError> {
-    let tokenizer = Arc::new(Tokenizer::new(&model.tokenizer, model.special.clone())?);
+pub(crate) fn load(file: &ModelFile, model: &Hosted) -> Result<Loaded, LoadError> {
+    let Hosted { config, facts, metrics, pool, .. } = model;
+    let tokenizer = Arc::new(Tokenizer::new(&file.tokenizer, file.special.clone())?);
     let text = |id: Option<u32>| id.and_then(|id| tokenizer.token_text(id)).unwrap_or_default();
-    let (bos, eos) = (text(model.special.bos), text(model.special.eos.first().copied()));
-    let template = model.chat_template.as_deref();
+    let (bos, eos) = (text(file.special.bos), text(file.special.eos.first().copied()));
+    let template = file.chat_template.as_deref();
     let template = template.map(|source| ChatTemplate::new(source, bos, eos)).transpose()?;
     let (role, parts) = if facts.is_later_stage() {
-        let follower = Follower::load(model, &config.engine)?;
+        let follower = Follower::load_on(file, &config.engine, pool)?;
         let parts = follower.weights().part_digests();
         let stage = Stage::start(follower, facts, &parts, metrics.clone());
         (Role::Stage(stage.map_err(LoadError::Thread)?), parts)
     } else {
-        let engine = Engine::load(model, &config.engine)?;
+        let engine = Engine::load_on(file, &config.engine, pool, None)?;
         let parts = engine.part_digests();
         (Role::Engine(Arc::new(engine)), parts)
     };

@@ -8,7 +8,7 @@ use std::{
 use futures::Stream;
 use tercet_cluster::{ClusterError, Registry};
 use tercet_engine::{
-    Engine, ModelError, ModelFile, Output, SamplingParams, SequenceRequest, model_file,
+    Engine, ModelError, ModelFile, Output, PoolError, SamplingParams, SequenceRequest, model_file,
 };
 use tercet_proto::v1::{inference_server::InferenceServer, worker_server::WorkerServer};
 use tercet_telemetry::{Metrics, PageState, SequenceState};
@@ -59,6 +59,9 @@ pub enum BuildError {
     /// The configuration or the model file is at fault.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// The configuration or the machine is at fault.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
     /// The configuration is at fault.
     #[error("two models are named {name:?}: give them names of their own")]
     SameName {
@@ -126,7 +129,7 @@ impl Worker {
         registry: Arc<dyn Registry>,
         metrics: Metrics,
     ) -> Result<Self, BuildError> {
-        let core = Core::new(config, metrics);
+        let core = Core::new(config, metrics)?;
         let mut models = Vec::with_capacity(core.config.models.len());
         for spec in &core.config.models {
             let file = load::open(&spec.source)?;
@@ -276,9 +279,7 @@ async fn compute(
     registry: Arc<dyn Registry>,
 ) -> Result<Infallible, ServeError> {
     let loading = Arc::clone(&model);
-    let loaded = task::spawn_blocking(move || {
-        load::load(&file, &loading.config, &loading.facts, &loading.metrics)
-    });
+    let loaded = task::spawn_blocking(move || load::load(&file, &loading));
     let loaded = loaded.await.map_err(|error| ServeError::BrokeDown(error.to_string()))??;
     let loaded = Arc::new(loaded);
     model.install(Arc::clone(&loaded));

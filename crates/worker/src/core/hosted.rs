@@ -9,7 +9,7 @@ use std::{
 
 use tercet_cluster::{LayerRange, ModelRecord, ModelState};
 use tercet_engine::{
-    Engine, ModelConfig,
+    ComputePool, Engine, ModelConfig,
     model_file::{GenerationDefaults, ModelFile},
 };
 use tercet_proto::{Reason, v1};
@@ -76,6 +76,7 @@ pub(crate) struct Hosted {
     pub(crate) config: Arc<Config>,
     pub(crate) facts: Facts,
     pub(crate) metrics: Metrics,
+    pub(crate) pool: ComputePool,
     phase: watch::Sender<Phase>,
     /// Grows with every change of the worker's models.
     changes: watch::Sender<u64>,
@@ -130,6 +131,7 @@ impl Hosted {
             config: Arc::clone(&core.config),
             facts,
             metrics: core.metrics.clone(),
+            pool: core.pool.clone(),
             phase: watch::Sender::new(Phase::Loading("the weights are being read")),
             changes: core.changes.clone(),
             loaded: RwLock::default(),

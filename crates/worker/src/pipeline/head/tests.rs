@@ -15,7 +15,7 @@ fn core() -> (Core, Arc<Hosted>) {
     let mut model = demo::model().unwrap();
     model.config.layers = 4;
     let facts = Facts::new(&model, &ModelSpec::default(), &config);
-    let core = Core::new(config, Metrics::new());
+    let core = Core::new(config, Metrics::new()).unwrap();
     let model = core.host(facts).unwrap();
     model.enter(Phase::Ready("".into()));
     (core, model)

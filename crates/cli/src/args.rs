@@ -15,11 +15,16 @@ use tercet_telemetry::LogFormat;
 
 pub(crate) use self::values::{ByteSize, Layers};
 use self::values::{byte_size, duration, fraction, layers, temperature};
+use crate::profile::Profile;
 
 /// Where servers listen and clients connect unless told otherwise.
 const DEFAULT_ADDRESS: &str = "127.0.0.1:7171";
 
 /// Serves ternary language models from CPUs, alone or as a cluster.
+///
+/// A setting is taken from its flag, else from its environment variable, else from the
+/// configuration file, else from the profile, else from its default. `--print-config` shows every
+/// setting of a command and where it comes from.
 #[derive(Debug, Parser)]
 #[command(name = "tercet", version, propagate_version = true, max_term_width = 100)]
 pub(crate) struct Cli {
@@ -27,6 +32,22 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
     #[command(flatten)]
     pub(crate) log: LogArgs,
+    #[command(flatten)]
+    pub(crate) configuration: ConfigurationArgs,
+}
+
+/// Where settings come from besides flags and environment.
+#[derive(Args, Debug)]
+pub(crate) struct ConfigurationArgs {
+    /// Configuration file, in TOML: the long flags without dashes are its keys, a table such as
+    /// [worker] holds what is for one command alone [default: tercet/tercet.toml in
+    /// $XDG_CONFIG_HOME or ~/.config, else /etc/tercet/tercet.toml]
+    #[arg(long, env = "TERCET_CONFIG", value_name = "FILE", global = true)]
+    pub(crate) config: Option<PathBuf>,
+    /// Prints every setting of the command and where it comes from, as a configuration file, and
+    /// does nothing else
+    #[arg(long, global = true)]
+    pub(crate) print_config: bool,
 }
 
 /// What to do.
@@ -46,6 +67,11 @@ pub(crate) enum Command {
     Bench(BenchArgs),
     /// Look into model files, convert them, make them up
     Model(ModelCommand),
+    /// Print a script that completes commands and flags in a shell
+    Completions {
+        /// The shell; `source <(tercet completions bash)` turns completion on
+        shell: clap_complete::Shell,
+    },
 }
 
 /// Logs of every command.
@@ -143,6 +169,10 @@ pub(crate) struct ClusterArgs {
 /// What computes.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct ComputeArgs {
+    /// Settings for this machine: threads, sequences, chunk, KV memory and context follow from its
+    /// CPUs and memory, as far as they are not given otherwise [default: none]
+    #[arg(long, env = "TERCET_PROFILE", value_name = "PROFILE")]
+    pub(crate) profile: Option<Profile>,
     /// Compute threads [default: the CPUs this process may use]
     #[arg(long, env = "TERCET_THREADS", value_name = "N")]
     threads: Option<NonZeroUsize>,
@@ -171,6 +201,9 @@ pub(crate) struct EngineArgs {
     #[arg(long, env = "TERCET_KV_MEMORY", value_name = "SIZE", value_parser = byte_size)]
     #[arg(default_value = "1GiB")]
     kv_memory: ByteSize,
+    /// Most tokens of a sequence, prompt and completion together [default: the model's context]
+    #[arg(long, env = "TERCET_CONTEXT", value_name = "N")]
+    context: Option<NonZeroUsize>,
     /// Most sequences computed at once
     #[arg(long, env = "TERCET_MAX_SEQUENCES", value_name = "N", default_value = "32")]
     max_sequences: NonZeroUsize,
@@ -186,6 +219,7 @@ impl EngineArgs {
             threads: self.compute.threads(),
             isa: self.compute.isa,
             layers: layers.map(|layers| layers.0.clone()),
+            context: self.context.map(NonZeroUsize::get),
             kv_bytes: self.kv_memory.0,
             max_sequences: self.max_sequences.get(),
             max_waiting: self.max_waiting.get(),

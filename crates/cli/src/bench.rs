@@ -47,6 +47,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
         threads: args.engine.threads(),
         isa: args.engine.isa,
         layers: None,
+        context: None,
         kv_bytes: load.kv_bytes(&model.config),
         max_sequences: load.batch,
         // The engine counts those it is about to admit as well.

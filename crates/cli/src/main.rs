@@ -8,23 +8,47 @@ mod args;
 mod backend;
 mod bench;
 mod chat;
+mod completions;
 mod failure;
 mod generate;
 mod model;
 mod output;
 mod process;
+mod profile;
 mod servers;
+mod settings;
 mod shutdown;
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
-use clap::Parser as _;
-
-use self::args::{Cli, Command};
+use self::{
+    args::{Cli, Command},
+    settings::{Asked, Refusal},
+};
 
 fn main() -> ExitCode {
-    let Cli { command, log } = Cli::parse();
-    let done = match command {
+    let words: Vec<_> = std::env::args_os().collect();
+    let variable =
+        |name: &str| std::env::var_os(name).filter(|path| !path.is_empty()).map(PathBuf::from);
+    let done = match settings::read(&words, variable) {
+        Ok(Asked::Run(cli)) => run(*cli),
+        Ok(Asked::Show(settings)) => output::print(&settings).map_err(Into::into),
+        Err(Refusal::File(error)) => Err(error),
+        // Help as well: clap knows where it goes and with which code.
+        Err(Refusal::Usage(error)) => {
+            drop(error.print());
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => failure::report(&error),
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    let Cli { command, log, .. } = cli;
+    match command {
         Command::Serve(args) => servers::serve(&args, &log),
         Command::Worker(args) => servers::worker(&args, &log),
         Command::Gateway(args) => servers::gateway(&args, &log),
@@ -32,9 +56,6 @@ fn main() -> ExitCode {
         Command::Chat(args) => chat::run(&args, &log),
         Command::Bench(args) => bench::run(&args),
         Command::Model(args) => model::run(&args.action),
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => failure::report(&error),
+        Command::Completions { shell } => completions::run(shell),
     }
 }

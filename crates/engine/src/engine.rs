@@ -39,6 +39,8 @@ pub struct EngineOptions {
     pub isa: Option<Isa>,
     /// Layers to hold; all if absent.
     pub layers: Option<Range<usize>>,
+    /// Most tokens of a sequence; the model's context if absent or larger.
+    pub context: Option<usize>,
     /// Most bytes of KV cache.
     pub kv_bytes: usize,
     /// Most sequences computed at once.
@@ -55,11 +57,19 @@ impl Default for EngineOptions {
             threads: 1,
             isa: None,
             layers: None,
+            context: None,
             kv_bytes: 1 << 30,
             max_sequences: 32,
             max_waiting: 256,
             prefill_chunk: 128,
         }
+    }
+}
+
+impl EngineOptions {
+    /// Returns the most tokens that a sequence of this model may have.
+    pub fn context_of(&self, model: &ModelConfig) -> usize {
+        self.context.map_or(model.context, |context| context.min(model.context))
     }
 }
 
@@ -224,6 +234,9 @@ impl Engine {
                 return Err(EngineError::Zero(name));
             }
         }
+        if options.context == Some(0) {
+            return Err(EngineError::Zero("context"));
+        }
         let layers = options.layers.clone().unwrap_or(0..model.config.layers);
         if layers.start != 0 {
             return Err(EngineError::Layers {
@@ -235,7 +248,7 @@ impl Engine {
         runner.observe_logits(observer);
         let scheduler = SchedulerConfig {
             vocab: model.config.vocab,
-            context: model.config.context,
+            context: options.context_of(&model.config),
             pages: runner.kv_pages(),
             max_sequences: options.max_sequences,
             max_waiting: options.max_waiting,

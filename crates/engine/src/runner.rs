@@ -80,8 +80,9 @@ impl StageRunner {
             return Err(EngineError::KvTooSmall { bytes: options.kv_bytes, page_bytes });
         }
         // More pages than all sequences together can fill would never be used.
-        let useful =
-            options.max_sequences.saturating_mul(crate::kv::pages_for(model.config.context));
+        let useful = options
+            .max_sequences
+            .saturating_mul(crate::kv::pages_for(options.context_of(&model.config)));
         Ok(Self {
             weights: Arc::new(model.load(layers)?),
             kernels,

@@ -5,7 +5,7 @@ use clap::{Arg, CommandFactory as _, error::ErrorKind};
 use super::*;
 
 /// Arguments of one call rather than settings of an installation.
-const ONE_SHOT: [&str; 19] = [
+const ONE_SHOT: [&str; 21] = [
     "batch",
     "force",
     "generate",
@@ -16,10 +16,12 @@ const ONE_SHOT: [&str; 19] = [
     "name",
     "out",
     "path",
+    "print_config",
     "prompt",
     "repeat",
     "seed",
     "shape",
+    "shell",
     "source",
     "stop",
     "system",

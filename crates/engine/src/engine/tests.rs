@@ -383,6 +383,26 @@ fn a_sequence_past_the_context_ends_there() {
 }
 
 #[test]
+fn the_context_may_be_less_than_the_models() {
+    let model = demo::model().unwrap();
+    for (context, limit) in [(Some(20), 20), (Some(1 << 30), model.config.context)] {
+        let options = EngineOptions { context, ..options() };
+        assert_eq!(Engine::load(&model, &options).unwrap().context_limit(), limit);
+    }
+    let options = EngineOptions { context: Some(20), ..options() };
+    let engine = Engine::load(&model, &options).unwrap();
+    let (sender, receiver) = mpsc::channel();
+    let sink = Box::new(move |event| drop(sender.send(event)));
+    let _handle = engine.submit(request(&[1; 18], 100, sampled(1)), sink).unwrap();
+    let events: Vec<_> = receiver.iter().collect();
+    assert_eq!(events.last(), Some(&SequenceEvent::Finished(StopReason::Context)));
+    let tokens = events.iter().filter(|event| matches!(event, SequenceEvent::Token { .. }));
+    assert_eq!(tokens.count(), 2);
+    let error = engine.submit(request(&[1; 21], 1, sampled(1)), Box::new(|_| {})).unwrap_err();
+    assert_eq!(error, SubmitError::TooLong { tokens: 21, limit: 20 });
+}
+
+#[test]
 fn bad_options_are_named() {
     let model = demo::model().unwrap();
     let error = |options: EngineOptions| Engine::load(&model, &options).unwrap_err().to_string();
@@ -391,6 +411,7 @@ fn bad_options_are_named() {
     assert!(error(EngineOptions { layers: Some(1..2), ..options() }).contains("begins at layer 0"));
     assert!(error(EngineOptions { layers: Some(0..9), ..options() }).contains("layers 0..3"));
     assert!(error(EngineOptions { max_sequences: 0, ..options() }).contains("max_sequences"));
+    assert!(error(EngineOptions { context: Some(0), ..options() }).contains("context"));
 }
 
 #[test]

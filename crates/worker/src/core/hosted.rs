@@ -43,6 +43,8 @@ pub(crate) struct Facts {
     /// Name in requests.
     pub(crate) name: String,
     pub(crate) config: ModelConfig,
+    /// Most tokens of a sequence.
+    pub(crate) context: usize,
     /// Layers held.
     pub(crate) layers: Range<usize>,
     pub(crate) header_digest: [u8; 32],
@@ -98,6 +100,7 @@ impl Facts {
             header_digest: model.header_digest(),
             generation: model.generation,
             eos: model.special.eos.clone(),
+            context: config.engine.context_of(&model.config),
             config: model.config.clone(),
         }
     }
@@ -116,7 +119,7 @@ impl Facts {
         v1::ModelInfo {
             name: self.name.clone(),
             identity: identity.to_owned(),
-            context_length: wire(self.config.context),
+            context_length: wire(self.context),
             vocab_size: wire(self.config.vocab),
         }
     }
@@ -250,7 +253,7 @@ impl Hosted {
             header_digest,
             layers: LayerRange { start: wire(facts.layers.start), end: wire(facts.layers.end) },
             layer_count: wire(facts.config.layers),
-            context_length: wire(facts.config.context),
+            context_length: wire(facts.context),
             vocab_size: wire(facts.config.vocab),
             state,
         }

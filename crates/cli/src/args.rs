@@ -228,6 +228,22 @@ impl EngineArgs {
     }
 }
 
+impl EngineArgs {
+    /// Logs what was decided, by the profile or otherwise.
+    pub(crate) fn log(&self) {
+        let options = self.options(None);
+        tracing::info!(
+            profile = %self.compute.profile.map_or("none", Profile::name),
+            threads = options.threads,
+            max_sequences = options.max_sequences,
+            prefill_chunk = options.prefill_chunk,
+            kv_bytes = options.kv_bytes,
+            context = options.context,
+            "settings of the engine"
+        );
+    }
+}
+
 /// What a gateway takes on.
 #[derive(Args, Debug)]
 pub(crate) struct GatewayLimits {
@@ -264,9 +280,10 @@ pub(crate) struct ServerArgs {
 /// Where a client command finds its model.
 #[derive(Args, Debug)]
 pub(crate) struct BackendArgs {
-    /// Server to ask; without it the model is computed in this process
-    #[arg(long, env = "TERCET_CONNECT", value_name = "HOST:PORT")]
-    pub(crate) connect: Option<String>,
+    /// Server to ask; without it the model is computed in this process. Given several times, or
+    /// separated by commas: when one goes away, the text goes on at the next
+    #[arg(long, env = "TERCET_CONNECT", value_name = "HOST:PORT", value_delimiter = ',')]
+    pub(crate) connect: Vec<String>,
     /// With --connect, the name of a model there; without, a GGUF file or a Hugging Face folder
     /// [default: the server's only model; the built-in demo model]
     #[arg(long, env = "TERCET_MODEL", value_name = "NAME_OR_PATH")]
@@ -325,6 +342,13 @@ pub(crate) struct ChatArgs {
     pub(crate) system: Option<String>,
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
+    /// Tells after each answer how many tokens it took and how fast they came
+    #[arg(long)]
+    pub(crate) verbose: bool,
+    /// Keeps no history of what is typed, which is otherwise in tercet/chat-history in
+    /// $XDG_STATE_HOME or ~/.local/state
+    #[arg(long)]
+    pub(crate) no_history: bool,
 }
 
 /// `tercet bench`.

@@ -3,7 +3,10 @@
 //! Both speak the same service, the second one through memory, so that a text is the same wherever
 //! it is computed.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+mod generation;
+mod servers;
+
+use std::{path::PathBuf, sync::Arc};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use futures::FutureExt as _;
@@ -12,31 +15,25 @@ use tercet_engine::EngineOptions;
 use tercet_gateway::{Dialer as _, LocalDialer};
 use tercet_proto::{
     InvalidRequest,
-    v1::{
-        GenerateRequest, GenerateResponse, Sampling, Stop, generate_request::Input,
-        generate_response::Event, inference_client::InferenceClient,
-    },
+    v1::{GenerateRequest, ListModelsRequest, ModelInfo, Sampling, Stop, generate_request::Input},
 };
 use tercet_telemetry::Metrics;
 use tercet_worker::{ModelSource, ModelSpec, ServeError, Worker};
 use tokio::task::JoinSet;
-use tonic::{
-    Code, Status, Streaming,
-    transport::{Channel, Endpoint},
-};
+use tonic::{Code, Status};
 
+pub(crate) use self::generation::{Generation, Piece};
+use self::servers::Servers;
 use crate::{
     args::{BackendArgs, SamplingArgs},
     failure::{misconfigured, unbuilt},
+    progress::showing,
 };
-
-/// How long a server may take to answer a connection.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What answers requests.
 #[derive(Debug)]
 pub(crate) struct Backend {
-    client: InferenceClient<Channel>,
+    servers: Servers,
     /// Name of the model in requests; empty for the only one.
     model: String,
     /// The worker of this process, if it is what answers. Ends when dropped.
@@ -44,16 +41,14 @@ pub(crate) struct Backend {
 }
 
 impl Backend {
-    /// Connects to the server asked for, or loads the model in this process.
+    /// Connects to a server asked for, or loads the model in this process.
     pub(crate) async fn new(args: &BackendArgs) -> Result<Self> {
-        match &args.connect {
-            Some(address) => {
-                let client = InferenceClient::new(connect(address).await?);
-                let model = args.model.clone().unwrap_or_default();
-                Ok(Self { client, model, local: JoinSet::new() })
-            }
-            None => Self::local(args).await,
+        if args.connect.is_empty() {
+            return showing("loading the model", Self::local(args)).await;
         }
+        let servers = Servers::connect(&args.connect).await?;
+        let model = args.model.clone().unwrap_or_default();
+        Ok(Self { servers, model, local: JoinSet::new() })
     }
 
     /// Starts a generation.
@@ -61,7 +56,7 @@ impl Backend {
         &mut self,
         input: Input,
         sampling: &SamplingArgs,
-    ) -> Result<Generation> {
+    ) -> Result<Generation<'_>> {
         let request = GenerateRequest {
             model: self.model.clone(),
             input: Some(input),
@@ -78,13 +73,28 @@ impl Backend {
             }),
             resume: None,
         };
-        let stream = self.client.generate(request).await.map_err(|status| refused(&status))?;
-        Ok(Generation { stream: stream.into_inner() })
+        Generation::start(&mut self.servers, request).await
+    }
+
+    /// Returns the models that can be asked for.
+    pub(crate) async fn models(&mut self) -> Result<Vec<ModelInfo>> {
+        let listed = self.servers.client().list_models(ListModelsRequest {}).await;
+        Ok(listed.map_err(|status| refused(&status))?.into_inner().models)
+    }
+
+    /// Returns the name of the model in requests; empty for the only one.
+    pub(crate) fn model(&self) -> &str {
+        &self.model
+    }
+
+    /// Asks another model from now on.
+    pub(crate) fn set_model(&mut self, name: String) {
+        self.model = name;
     }
 
     /// Ends the worker of this process, if there is one.
     pub(crate) async fn stop(mut self) {
-        drop(self.client);
+        drop(self.servers);
         self.local.shutdown().await;
     }
 
@@ -124,47 +134,8 @@ impl Backend {
         };
         let record = record.context("find the worker of this process")?;
         let channel = dialer.dial(&record).context("connect to the worker of this process")?;
-        Ok(Self { client: InferenceClient::new(channel), model: String::new(), local })
+        Ok(Self { servers: Servers::local(channel), model: String::new(), local })
     }
-}
-
-/// A text in the making. Dropping it cancels the computation.
-#[derive(Debug)]
-pub(crate) struct Generation {
-    stream: Streaming<GenerateResponse>,
-}
-
-impl Generation {
-    /// Returns the next piece of text, which may be empty, or nothing once the text is complete.
-    pub(crate) async fn next(&mut self) -> Result<Option<String>> {
-        let message = self.stream.message().await.map_err(|status| refused(&status))?;
-        match message.map(|message| message.event) {
-            Some(Some(Event::Delta(delta))) => Ok(Some(delta.text)),
-            Some(Some(Event::Started(_)) | None) => Ok(Some(String::new())),
-            Some(Some(Event::Finished(_))) => Ok(None),
-            None => bail!("the server closed the stream before the text was complete"),
-        }
-    }
-}
-
-/// Connects to a server.
-async fn connect(address: &str) -> Result<Channel> {
-    let expected = || {
-        misconfigured(anyhow!(
-            "--connect {address} is no address: expected HOST:PORT such as 127.0.0.1:7171"
-        ))
-    };
-    let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|_| expected())?;
-    if endpoint.uri().port().is_none() || endpoint.uri().path() != "/" {
-        return Err(expected());
-    }
-    let connected = endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true).connect().await;
-    connected.with_context(|| {
-        format!(
-            "no server answers at {address}: start one with `tercet serve`, or leave --connect \
-             out to compute in this process"
-        )
-    })
 }
 
 /// Turns a server's refusal into an error for people.

@@ -1,230 +1,308 @@
-//! `tercet chat`: a conversation, line by line.
+//! `tercet chat`: a conversation at a terminal, or through pipes.
 
-use std::io::{self, BufRead as _, IsTerminal as _, Write as _};
+mod conversation;
+mod entry;
+mod input;
+mod parameters;
 
-use anyhow::{Context as _, Result};
-use futures::FutureExt as _;
-use tercet_proto::v1::{Chat, ChatMessage, generate_request::Input};
-use tokio::{
-    signal::unix::{Signal, SignalKind, signal},
-    sync::mpsc,
+use std::{
+    collections::BTreeMap,
+    io::{self, Write as _},
+    path::{Path, PathBuf},
 };
 
+use anyhow::{Context as _, Result, anyhow};
+use futures::FutureExt as _;
+use tercet_proto::v1::{Usage, generate_request};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    time::Instant,
+};
+
+use self::{
+    conversation::Conversation,
+    entry::{COMMANDS, Entry},
+    input::{Input, Typed},
+    parameters::Parameters,
+};
 use crate::{
     args::{ChatArgs, LogArgs, SamplingArgs},
-    backend::Backend,
+    backend::{Backend, Piece},
     failure,
     output::{print, print_line},
     process::{self, Identity},
+    progress::showing,
+    variable,
 };
 
-const HELP: &str = "\
-/help         shows this
-/reset        forgets the conversation
-/system TEXT  tells the model TEXT before the conversation, from the next answer on
-/quit         ends, as the end of input does
-Ctrl-C stops an answer. Everything else is said to the model.";
-
-/// Runs `tercet chat`.
-pub(crate) fn run(args: &ChatArgs, log: &LogArgs) -> Result<()> {
-    process::run(Identity::client(), log, || chat(args).boxed())
+/// Runs `tercet chat`; `given` has the words of its flags.
+pub(crate) fn run(
+    args: &ChatArgs,
+    given: BTreeMap<String, Vec<String>>,
+    log: &LogArgs,
+) -> Result<()> {
+    process::run(Identity::client(), log, || chat(args, given).boxed())
 }
 
-async fn chat(args: &ChatArgs) -> Result<()> {
-    let mut backend = Backend::new(&args.backend).await?;
+async fn chat(args: &ChatArgs, given: BTreeMap<String, Vec<String>>) -> Result<()> {
+    let backend = Backend::new(&args.backend).await?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for Ctrl-C")?;
-    let mut lines = read_lines()?;
-    let mut conversation = Conversation { system: args.system.clone(), messages: Vec::new() };
-    let is_terminal = io::stdin().is_terminal();
-    if is_terminal {
-        print_line("/help shows the commands.")?;
+    let history = if args.no_history { None } else { input::history_path(variable) };
+    let mut input = Input::new(history)?;
+    if input::is_terminal() {
+        print_line("/help shows the commands. Ctrl-C stops an answer, Ctrl-D ends.")?;
     }
+    let mut session = Session {
+        backend,
+        conversation: Conversation::new(args.system.clone()),
+        parameters: Parameters::new(args.sampling.clone(), given),
+        is_verbose: args.verbose,
+        file: None,
+    };
+    let mut interrupts = 0;
     loop {
-        if is_terminal {
-            print("> ")?;
-        }
-        let line = tokio::select! {
-            line = lines.recv() => line.transpose().context("read the next line")?,
-            _ = interrupt.recv() => {
-                print_line("\n/quit ends the conversation.")?;
-                continue;
+        match input.next(&mut interrupt).await? {
+            Typed::Entry(text) => {
+                interrupts = 0;
+                let entry = Entry::parse(&text);
+                if entry == Entry::Quit {
+                    break;
+                }
+                if let Err(error) = session.obey(entry, &mut interrupt).await {
+                    if failure::is_broken_pipe(&error) {
+                        return Err(error);
+                    }
+                    complain(&failure::message(&error))?;
+                }
             }
-        };
-        let Some(line) = line else { break };
-        match Entry::parse(&line) {
-            Entry::Nothing => {}
-            Entry::Quit => break,
-            Entry::Help => print_line(HELP)?,
-            Entry::Reset => conversation.messages.clear(),
-            Entry::System(text) => conversation.system = text,
-            Entry::Unknown(command) => {
-                print_line(&format!("{command} is not a command; /help shows them."))?;
+            Typed::Interrupt if interrupts > 0 => break,
+            Typed::Interrupt => {
+                interrupts += 1;
+                print_line("Ctrl-C again or /quit ends the conversation.")?;
             }
-            Entry::Say(text) => {
-                let input = conversation.asking(&text);
-                let said = answer(&mut backend, input, &args.sampling, &mut interrupt).await?;
-                conversation.add(text, said);
-            }
+            Typed::End => break,
         }
     }
-    backend.stop().await;
+    session.backend.stop().await;
     Ok(())
 }
 
-/// Prints an answer as it comes and returns it, as far as it got before Ctrl-C. A request that
-/// fails gets its error printed: the next one may work.
-async fn answer(
-    backend: &mut Backend,
-    input: Input,
-    sampling: &SamplingArgs,
-    interrupt: &mut Signal,
-) -> Result<String> {
-    let mut said = String::new();
-    let failed = {
-        let telling = async {
-            let mut generation = backend.generate(input, sampling).await?;
-            while let Some(text) = generation.next().await? {
-                print(&text)?;
-                said.push_str(&text);
+/// Says what went wrong; the conversation goes on.
+fn complain(what: &str) -> io::Result<()> {
+    writeln!(io::stderr(), "error: {what}")
+}
+
+/// A conversation, and all that is set for it.
+struct Session {
+    backend: Backend,
+    conversation: Conversation,
+    parameters: Parameters,
+    is_verbose: bool,
+    /// Where the conversation was saved or loaded last.
+    file: Option<PathBuf>,
+}
+
+impl Session {
+    async fn obey(&mut self, entry: Entry, interrupt: &mut Signal) -> Result<()> {
+        match entry {
+            Entry::Nothing | Entry::Quit => {}
+            Entry::Help => print(&help())?,
+            Entry::New => self.conversation.clear(),
+            Entry::System(text) => self.conversation.system = text,
+            Entry::Set { name, value } => {
+                self.parameters.set(&name, value.as_deref()).map_err(anyhow::Error::msg)?;
             }
-            Ok(())
+            Entry::Show => self.show()?,
+            Entry::Regenerate => self.regenerate(interrupt).await?,
+            Entry::Undo => {
+                let turn = self.conversation.undo().ok_or_else(nothing_said)?;
+                print_line(&format!("took back: {}", turn.user))?;
+            }
+            Entry::Save(path) => {
+                let path = PathBuf::from(path);
+                self.conversation.save(&path, self.file.as_ref() == Some(&path))?;
+                self.file = Some(path);
+            }
+            Entry::Load(path) => {
+                self.conversation = Conversation::load(Path::new(&path))?;
+                print_line(&format!("{} turns", self.conversation.len()))?;
+                self.file = Some(PathBuf::from(path));
+            }
+            Entry::Model(None) => self.models().await?,
+            Entry::Model(Some(name)) => self.choose(name).await?,
+            Entry::Verbose => self.is_verbose = !self.is_verbose,
+            Entry::Wrong(what) => complain(&what)?,
+            Entry::Say(text) => {
+                let sampling = self.parameters.current().clone();
+                let asked = self.conversation.asking(&text);
+                let answer = self.answer(asked, &sampling, interrupt).await?;
+                self.conversation.add(text, answer);
+            }
+        }
+        Ok(())
+    }
+
+    fn show(&self) -> Result<()> {
+        if let Some(system) = &self.conversation.system {
+            print_line(&format!("system {system}"))?;
+        }
+        for line in self.parameters.shown() {
+            print_line(&line)?;
+        }
+        if !self.backend.model().is_empty() {
+            print_line(&format!("model {}", self.backend.model()))?;
+        }
+        Ok(print_line(&format!("{} turns", self.conversation.len()))?)
+    }
+
+    /// Asks for another answer to what was said last. A seed given would repeat the one there is.
+    async fn regenerate(&mut self, interrupt: &mut Signal) -> Result<()> {
+        let turn = self.conversation.undo().ok_or_else(nothing_said)?;
+        let sampling = SamplingArgs { seed: None, ..self.parameters.current().clone() };
+        let asked = self.conversation.asking(&turn.user);
+        let answer = self.answer(asked, &sampling, interrupt).await;
+        match answer {
+            Ok(answer) if !answer.is_empty() => self.conversation.add(turn.user, answer),
+            Ok(_) => self.conversation.restore(turn),
+            Err(error) => {
+                self.conversation.restore(turn);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    async fn models(&mut self) -> Result<()> {
+        let models = self.backend.models().await?;
+        let is_only = models.len() == 1;
+        for model in models {
+            let is_asked = is_only || model.name == self.backend.model();
+            let mark = if is_asked { '*' } else { ' ' };
+            print_line(&format!("{mark} {}  context {}", model.name, model.context_length))?;
+        }
+        Ok(())
+    }
+
+    async fn choose(&mut self, name: String) -> Result<()> {
+        let names: Vec<_> =
+            self.backend.models().await?.into_iter().map(|model| model.name).collect();
+        if !names.contains(&name) {
+            return Err(anyhow!("no model {name}: there is {}", names.join(", ")));
+        }
+        self.backend.set_model(name);
+        Ok(())
+    }
+
+    /// Prints an answer as it comes and returns it, as far as it got before Ctrl-C or a failure,
+    /// which is told.
+    async fn answer(
+        &mut self,
+        asked: generate_request::Input,
+        sampling: &SamplingArgs,
+        interrupt: &mut Signal,
+    ) -> Result<String> {
+        // Those that came after the last answer had ended stop nothing.
+        while interrupt.recv().now_or_never().is_some() {}
+        let mut said = Said::new();
+        let told = tokio::select! {
+            told = said.tell(&mut self.backend, asked, sampling) => told,
+            _ = interrupt.recv() => Ok(()),
         };
-        tokio::select! {
-            told = telling => told.err(),
-            _ = interrupt.recv() => None,
+        if !said.text.ends_with('\n') {
+            print("\n")?;
         }
-    };
-    if !said.ends_with('\n') {
-        print("\n")?;
-    }
-    match failed {
-        Some(error) if failure::is_broken_pipe(&error) => Err(error),
-        Some(error) => {
-            writeln!(io::stderr(), "error: {}", failure::message(&error))?;
-            Ok(said)
+        if let Err(error) = told {
+            if failure::is_broken_pipe(&error) {
+                return Err(error);
+            }
+            complain(&failure::message(&error))?;
         }
-        None => Ok(said),
+        if self.is_verbose {
+            writeln!(io::stderr(), "[{}]", said.cost())?;
+        }
+        Ok(said.text)
     }
 }
 
-/// What has been said so far.
-#[derive(Debug, Default)]
-struct Conversation {
-    system: Option<String>,
-    messages: Vec<ChatMessage>,
+fn nothing_said() -> anyhow::Error {
+    anyhow!("nothing has been said yet")
 }
 
-impl Conversation {
-    /// Returns the request for the answer to `text`.
-    fn asking(&self, text: &str) -> Input {
-        let system = self.system.iter().map(|text| message("system", text));
-        let said = self.messages.iter().cloned();
-        let messages = system.chain(said).chain([message("user", text)]).collect();
-        Input::Chat(Chat { messages })
+/// An answer and what it cost.
+struct Said {
+    text: String,
+    asked: Instant,
+    /// When the first and the last text came, and in how many pieces.
+    first: Option<Instant>,
+    last: Instant,
+    usage: Option<Usage>,
+}
+
+impl Said {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self { text: String::new(), asked: now, first: None, last: now, usage: None }
     }
 
-    /// Remembers what was said and what the model said to it. Without an answer neither counts:
-    /// templates expect user and assistant to take turns.
-    fn add(&mut self, text: String, answer: String) {
-        if !answer.is_empty() {
-            self.messages.push(message("user", &text));
-            self.messages.push(message("assistant", &answer));
-        }
-    }
-}
-
-fn message(role: &str, content: &str) -> ChatMessage {
-    ChatMessage { role: role.to_owned(), content: content.to_owned() }
-}
-
-/// What a line says.
-#[derive(Debug, Eq, PartialEq)]
-enum Entry {
-    Nothing,
-    Quit,
-    Help,
-    Reset,
-    System(Option<String>),
-    Unknown(String),
-    Say(String),
-}
-
-impl Entry {
-    fn parse(line: &str) -> Self {
-        let line = line.trim();
-        if line.is_empty() {
-            return Self::Nothing;
-        }
-        if !line.starts_with('/') {
-            return Self::Say(line.to_owned());
-        }
-        let (command, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
-        let rest = rest.trim();
-        match (command, rest) {
-            ("/quit", "") => Self::Quit,
-            ("/help", "") => Self::Help,
-            ("/reset", "") => Self::Reset,
-            ("/system", "") => Self::System(None),
-            ("/system", text) => Self::System(Some(text.to_owned())),
-            _ => Self::Unknown(line.to_owned()),
-        }
-    }
-}
-
-/// Reads stdin on a thread of its own, which ends with the process: a read cannot be called off.
-fn read_lines() -> Result<mpsc::Receiver<io::Result<String>>> {
-    let (sender, lines) = mpsc::channel(1);
-    std::thread::Builder::new()
-        .name("tercet-stdin".to_owned())
-        .spawn(move || {
-            for line in io::stdin().lock().lines() {
-                if sender.blocking_send(line).is_err() {
-                    break;
+    async fn tell(
+        &mut self,
+        backend: &mut Backend,
+        asked: generate_request::Input,
+        sampling: &SamplingArgs,
+    ) -> Result<()> {
+        let mut generation = backend.generate(asked, sampling).await?;
+        let mut reading = String::from("waiting for a turn");
+        loop {
+            let piece = match self.first {
+                Some(_) => generation.next().await?,
+                None => showing(&reading, generation.next()).await?,
+            };
+            match piece {
+                Piece::Prompt(tokens) => reading = format!("reading {tokens} tokens"),
+                Piece::Text(text) => {
+                    self.last = Instant::now();
+                    self.first.get_or_insert(self.last);
+                    print(&text)?;
+                    self.text.push_str(&text);
+                }
+                Piece::Finished(finished) => {
+                    self.usage = finished.usage;
+                    return Ok(());
                 }
             }
-        })
-        .context("start the thread that reads lines")?;
-    Ok(lines)
+        }
+    }
+
+    /// Returns the tokens and their speed.
+    fn cost(&self) -> String {
+        let Some(first) = self.first else { return "no answer".to_owned() };
+        let waited = (first - self.asked).as_secs_f64();
+        let Some(usage) = &self.usage else {
+            return format!("stopped, first token after {waited:.2} s");
+        };
+        let took = (self.last - first).as_secs_f64();
+        let tokens = usage.completion_tokens;
+        let speed = if tokens > 1 && took > 0.0 {
+            format!(", {:.1} tokens/s", f64::from(tokens - 1) / took)
+        } else {
+            String::new()
+        };
+        format!(
+            "{} prompt tokens, {tokens} of the answer{speed}, first token after {waited:.2} s",
+            usage.prompt_tokens
+        )
+    }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn lines_are_commands_or_said() {
-        assert_eq!(Entry::parse("  "), Entry::Nothing);
-        assert_eq!(Entry::parse(" hello /quit "), Entry::Say("hello /quit".to_owned()));
-        assert_eq!(Entry::parse("/quit"), Entry::Quit);
-        assert_eq!(Entry::parse("/reset "), Entry::Reset);
-        assert_eq!(Entry::parse("/help"), Entry::Help);
-        assert_eq!(Entry::parse("/system  Be brief."), Entry::System(Some("Be brief.".to_owned())));
-        assert_eq!(Entry::parse("/system"), Entry::System(None));
-        assert_eq!(Entry::parse("/quit now"), Entry::Unknown("/quit now".to_owned()));
-        assert_eq!(Entry::parse("/exit"), Entry::Unknown("/exit".to_owned()));
+fn help() -> String {
+    let width = COMMANDS.iter().map(|(usage, _)| usage.len()).max().unwrap_or(0);
+    let mut text = String::new();
+    for (usage, what) in COMMANDS {
+        text.push_str(&format!("{usage:width$}  {what}\n"));
     }
-
-    #[test]
-    fn turns_are_kept_in_order() {
-        let roles = |conversation: &Conversation| match conversation.asking("last") {
-            Input::Chat(chat) => {
-                chat.messages.into_iter().map(|m| (m.role, m.content)).collect::<Vec<_>>()
-            }
-            other => panic!("{other:?}"),
-        };
-        let pair = |role: &str, content: &str| (role.to_owned(), content.to_owned());
-        let mut conversation = Conversation::default();
-        conversation.add("first".to_owned(), "one".to_owned());
-        conversation.add("cancelled".to_owned(), String::new());
-        conversation.system = Some("brief".to_owned());
-        assert_eq!(
-            roles(&conversation),
-            [
-                pair("system", "brief"),
-                pair("user", "first"),
-                pair("assistant", "one"),
-                pair("user", "last"),
-            ]
-        );
-    }
+    text.push_str(
+        "Ctrl-C stops an answer. A line that ends in \\ goes on in the next; \"\"\" begins and ends\n\
+         a text of several lines. Everything else is said to the model.\n",
+    );
+    text
 }

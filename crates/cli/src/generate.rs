@@ -8,9 +8,10 @@ use tercet_proto::v1::generate_request::Input;
 
 use crate::{
     args::{GenerateArgs, LogArgs},
-    backend::Backend,
+    backend::{Backend, Piece},
     output::print,
     process::{self, Identity},
+    progress::showing,
 };
 
 /// Runs `tercet generate`.
@@ -23,10 +24,23 @@ async fn generate(args: &GenerateArgs) -> Result<()> {
     let input = Input::Prompt(args.prompt.clone());
     let mut generation = backend.generate(input, &args.sampling).await?;
     let mut ends_line = true;
-    while let Some(text) = generation.next().await? {
-        if !text.is_empty() {
-            print(&text)?;
-            ends_line = text.ends_with('\n');
+    let mut reading = String::from("waiting for a turn");
+    loop {
+        let piece = if reading.is_empty() {
+            generation.next().await?
+        } else {
+            showing(&reading, generation.next()).await?
+        };
+        match piece {
+            Piece::Prompt(tokens) => reading = format!("reading {tokens} prompt tokens"),
+            Piece::Text(text) => {
+                reading.clear();
+                if !text.is_empty() {
+                    print(&text)?;
+                    ends_line = text.ends_with('\n');
+                }
+            }
+            Piece::Finished(_) => break,
         }
     }
     // Scripts get the text and nothing else; a terminal's next prompt starts on its own line.

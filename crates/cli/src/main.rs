@@ -15,11 +15,12 @@ mod model;
 mod output;
 mod process;
 mod profile;
+mod progress;
 mod servers;
 mod settings;
 mod shutdown;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{collections::BTreeMap, path::PathBuf, process::ExitCode};
 
 use self::{
     args::{Cli, Command},
@@ -31,7 +32,7 @@ fn main() -> ExitCode {
     let variable =
         |name: &str| std::env::var_os(name).filter(|path| !path.is_empty()).map(PathBuf::from);
     let done = match settings::read(&words, variable) {
-        Ok(Asked::Run(cli)) => run(*cli),
+        Ok(Asked::Run(cli, flags)) => run(*cli, flags),
         Ok(Asked::Show(settings)) => output::print(&settings).map_err(Into::into),
         Err(Refusal::File(error)) => Err(error),
         // Help as well: clap knows where it goes and with which code.
@@ -46,14 +47,19 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> anyhow::Result<()> {
+/// Looks a path up in the environment.
+fn variable(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name).filter(|path| !path.is_empty()).map(PathBuf::from)
+}
+
+fn run(cli: Cli, flags: BTreeMap<String, Vec<String>>) -> anyhow::Result<()> {
     let Cli { command, log, .. } = cli;
     match command {
         Command::Serve(args) => servers::serve(&args, &log),
         Command::Worker(args) => servers::worker(&args, &log),
         Command::Gateway(args) => servers::gateway(&args, &log),
         Command::Generate(args) => generate::run(&args, &log),
-        Command::Chat(args) => chat::run(&args, &log),
+        Command::Chat(args) => chat::run(&args, flags, &log),
         Command::Bench(args) => bench::run(&args),
         Command::Model(args) => model::run(&args.action),
         Command::Completions { shell } => completions::run(shell),

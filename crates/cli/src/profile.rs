@@ -36,14 +36,18 @@ pub(crate) struct Tuning {
 
 impl fmt::Display for Profile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Edge => "edge",
-            Self::Server => "server",
-        })
+        f.write_str(self.name())
     }
 }
 
 impl Profile {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Edge => "edge",
+            Self::Server => "server",
+        }
+    }
+
     /// Returns the settings for a machine.
     pub(crate) fn tune(self, machine: &Machine) -> Tuning {
         let cpus = machine.cpus.max(1);

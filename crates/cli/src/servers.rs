@@ -74,6 +74,7 @@ async fn serve_until_stopped(args: &ServeArgs) -> Result<()> {
         ready: Probe::new(move || readiness.check()),
     };
     let admin = bind_admin(&args.server, admin).await?;
+    args.engine.log();
     announce(&listener)?;
     until_stopped(admin, |stop| async move {
         // The gateway drains first: the streams it finishes are the worker's.
@@ -114,6 +115,7 @@ async fn work_until_stopped(args: &WorkerArgs) -> Result<()> {
         ready: Probe::new(move || ready.ready()),
     };
     let admin = bind_admin(&args.server, admin).await?;
+    args.engine.log();
     announce(&listener)?;
     until_stopped(admin, |stop| async move {
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));

@@ -13,6 +13,7 @@ mod show;
 mod tests;
 
 use std::{
+    collections::BTreeMap,
     ffi::OsString,
     path::{Path, PathBuf},
 };
@@ -27,17 +28,15 @@ use self::file::{Entry, Value};
 use crate::{
     args::Cli,
     failure::misconfigured,
+    output::alike,
     profile::{Machine, Profile},
 };
-
-/// How alike two names must be for one to be taken for the other.
-const ALIKE: f64 = 0.7;
 
 /// What the command line asks for.
 #[derive(Debug)]
 pub(crate) enum Asked {
-    /// To run a command.
-    Run(Box<Cli>),
+    /// To run a command. With the words of its flags, wherever they come from.
+    Run(Box<Cli>, BTreeMap<String, Vec<String>>),
     /// To show its settings.
     Show(String),
 }
@@ -105,7 +104,22 @@ pub(crate) fn read(
     let mut command = layered(strict, &path, &layers);
     let matches = command.try_get_matches_from_mut(words).map_err(Refusal::Usage)?;
     let cli = Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut command));
-    Ok(Asked::Run(Box::new(cli.map_err(Refusal::Usage)?)))
+    Ok(Asked::Run(Box::new(cli.map_err(Refusal::Usage)?), flags(find(&command, &path), &matches)))
+}
+
+/// Returns the words of the flags of a command that have any.
+fn flags(command: &Command, matches: &ArgMatches) -> BTreeMap<String, Vec<String>> {
+    let (_, matches) = leaf(matches);
+    let words = |arg: &Arg| {
+        let words = matches.get_raw(arg.get_id().as_str())?;
+        let words = words.map(|word| word.to_string_lossy().into_owned()).collect();
+        Some((arg.get_long()?.to_owned(), words))
+    };
+    command
+        .get_arguments()
+        .filter(|arg| matches.try_contains_id(arg.get_id().as_str()).is_ok())
+        .filter_map(words)
+        .collect()
 }
 
 /// Returns the command with nothing required: the file may have it.
@@ -226,11 +240,9 @@ fn collect<'a>(
 
 /// Says what was probably meant, or what is expected.
 fn advice<'a>(name: &str, known: impl Iterator<Item = &'a str>, expected: &str) -> String {
-    let likeness = known.map(|known| (strsim::jaro(name, known), known));
-    let best = likeness.max_by(|(a, _), (b, _)| a.total_cmp(b));
-    match best {
-        Some((likeness, known)) if likeness > ALIKE => format!("did you mean {known}?"),
-        _ => format!("expected {expected}"),
+    match alike(name, known) {
+        Some(known) => format!("did you mean {known}?"),
+        None => format!("expected {expected}"),
     }
 }
 
@@ -259,7 +271,7 @@ fn check(root: &Command, path: &[String], arg: &Arg, value: &Value) -> Result<()
 }
 
 /// Returns why a value was refused, without the rest of a message for command lines.
-fn reason(error: &clap::Error) -> String {
+pub(crate) fn reason(error: &clap::Error) -> String {
     if let (ErrorKind::InvalidValue, Some(ContextValue::Strings(valid))) =
         (error.kind(), error.get(ContextKind::ValidValue))
     {

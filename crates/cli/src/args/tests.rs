@@ -5,7 +5,7 @@ use clap::{Arg, CommandFactory as _, error::ErrorKind};
 use super::*;
 
 /// Arguments of one call rather than settings of an installation.
-const ONE_SHOT: [&str; 21] = [
+const ONE_SHOT: [&str; 23] = [
     "batch",
     "force",
     "generate",
@@ -14,6 +14,7 @@ const ONE_SHOT: [&str; 21] = [
     "json",
     "max_tokens",
     "name",
+    "no_history",
     "out",
     "path",
     "print_config",
@@ -26,6 +27,7 @@ const ONE_SHOT: [&str; 21] = [
     "stop",
     "system",
     "ternary",
+    "verbose",
     "version",
 ];
 

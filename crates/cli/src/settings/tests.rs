@@ -27,7 +27,7 @@ impl Config {
 
     fn command(&self, line: &str) -> Asks {
         match self.read(line) {
-            Ok(Asked::Run(cli)) => cli.command,
+            Ok(Asked::Run(cli, _)) => cli.command,
             other => panic!("{line}: {other:?}"),
         }
     }

@@ -68,6 +68,9 @@ fn check(command: &str, said: &str) -> Result<()> {
         }
         _ if command.contains(" describe ") => &["rpc Generate"],
         _ if command.contains("tercet generate") => &[""],
+        _ if command.contains("--print-config") => {
+            &["threads = 2", "# flag --threads", "# profile edge", "# default"]
+        }
         _ if command.contains("bench") => &["prefill", "decode"],
         _ if command.contains("model synth") => &[""],
         _ if command.contains("model inspect") => &["bitnet"],

@@ -185,6 +185,11 @@ pub(crate) struct ComputeArgs {
 }
 
 impl ComputeArgs {
+    /// Returns the number of compute threads that was asked for, if any was.
+    pub(crate) fn threads_given(&self) -> Option<usize> {
+        self.threads.map(NonZeroUsize::get)
+    }
+
     /// Returns the number of compute threads.
     pub(crate) fn threads(&self) -> usize {
         let available = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
@@ -365,13 +370,22 @@ pub(crate) struct BenchArgs {
     /// Tokens to generate after each prompt; 0 measures prefill alone
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub(crate) generate: usize,
-    /// Sequences at once
-    #[arg(long, value_name = "N", default_value = "1")]
-    pub(crate) batch: NonZeroUsize,
+    /// Sequences at once, and nothing else; without it one sequence is measured, then more of them
+    /// and other numbers of threads, and settings for a server are recommended
+    #[arg(long, value_name = "N")]
+    pub(crate) batch: Option<NonZeroUsize>,
     /// Measurements; one more before them warms up
     #[arg(long, value_name = "N", default_value = "3")]
     pub(crate) repeat: NonZeroUsize,
     /// Prints JSON
+    ///
+    /// Fields: model, format, shape, isa, threads, prompt, generate, batch, repeat, prefill_chunk;
+    /// bytes_per_token (weights read by a step); prefill_tokens_per_second and
+    /// decode_tokens_per_second (median, min, max; of all sequences together);
+    /// decode_bytes_per_second; recommendation (null with --batch): profile, threads,
+    /// max_sequences, kv_bytes (for so many sequences of 1024 tokens), cpus, and measured, a list
+    /// of threads, batch, decode_tokens_per_second, prefill_tokens_per_second (null but for a batch
+    /// of 1).
     #[arg(long)]
     pub(crate) json: bool,
 }

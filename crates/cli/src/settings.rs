@@ -98,8 +98,8 @@ pub(crate) fn read(
 
     if matches.get_flag("print_config") {
         let shown = layered(filled, &path, &layers);
-        let matches = shown.clone().try_get_matches_from(words).map_err(Refusal::Usage)?;
-        return Ok(Asked::Show(show::settings(&shown, &path, &matches, &layers)));
+        let matches = shown.try_get_matches_from(words).map_err(Refusal::Usage)?;
+        return Ok(Asked::Show(show::settings(&strict, &path, &matches, &layers)));
     }
     let mut command = layered(strict, &path, &layers);
     let matches = command.try_get_matches_from_mut(words).map_err(Refusal::Usage)?;

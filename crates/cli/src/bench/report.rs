@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tercet_engine::{ModelConfig, model_file::Summary};
 use tercet_kernels::Isa;
 
-use super::Load;
+use super::{measure::Load, recommend::Recommendation};
 
 /// What was measured, and on what.
 #[derive(Debug)]
@@ -20,12 +20,14 @@ pub(super) struct Report {
     pub(super) prefill: Spread,
     /// Generated tokens a second, of all sequences together.
     pub(super) decode: Option<Spread>,
+    /// What follows for a server; nothing if one batch was asked for.
+    pub(super) recommendation: Option<Recommendation>,
 }
 
 /// Median and extremes of repeated measurements.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub(super) struct Spread {
-    median: f64,
+    pub(super) median: f64,
     min: f64,
     max: f64,
 }
@@ -67,6 +69,7 @@ impl Report {
             "prefill_tokens_per_second": self.prefill,
             "decode_tokens_per_second": self.decode,
             "decode_bytes_per_second": self.decode_bandwidth(),
+            "recommendation": self.recommendation,
         })
     }
 
@@ -104,6 +107,9 @@ impl fmt::Display for Report {
         writeln!(f, "prefill {}", self.prefill)?;
         if let (Some(decode), Some(bandwidth)) = (self.decode, self.decode_bandwidth()) {
             writeln!(f, "decode  {decode}   {:.2} GB/s", bandwidth / 1e9)?;
+        }
+        if let Some(recommendation) = &self.recommendation {
+            write!(f, "\n{recommendation}")?;
         }
         Ok(())
     }
@@ -148,6 +154,7 @@ mod tests {
             load: Load { prompt: 1, generate: 1, batch: 2, repeat: 1, chunk: 1 },
             prefill: Spread { median: 1.0, min: 1.0, max: 1.0 },
             decode: Spread::of(vec![10.0]),
+            recommendation: None,
             summary,
         };
         assert_eq!(report.step_bytes(), ternary_bytes(&report.summary.config) + head);

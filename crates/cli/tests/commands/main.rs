@@ -97,6 +97,21 @@ fn a_made_up_model_is_measured() {
         assert!(report[rate]["median"].as_f64().is_some_and(|rate| rate > 0.0), "{report}");
     }
     assert_eq!(report["threads"], 1);
+    let recommended = &report["recommendation"];
+    assert_eq!(
+        (&recommended["threads"], &recommended["measured"][0]["batch"]),
+        (&1.into(), &1.into())
+    );
+    assert!(recommended["measured"].as_array().unwrap().len() > 1, "{report}");
+    assert!(recommended["kv_bytes"].as_u64() > Some(0), "{report}");
+    assert!(["edge", "server"].map(Into::into).contains(&recommended["profile"]), "{report}");
+
     let table = succeed("bench --prompt 4 --generate 2 --repeat 1");
     assert!(table.contains("\nprefill ") && table.contains("\ndecode "), "{table}");
+    let last = table.split("\nrecommended: ").nth(1).unwrap();
+    let settings = last.lines().next().unwrap();
+    let accepted = succeed(&format!("serve {settings} --print-config"));
+    assert!(accepted.contains("# flag --max-sequences"), "{accepted}");
+    let one = succeed("bench --prompt 4 --generate 2 --repeat 1 --batch 2");
+    assert!(one.contains("\ndecode ") && !one.contains("recommended"), "{one}");
 }

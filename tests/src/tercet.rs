@@ -60,7 +60,8 @@ impl Tercet {
                 command.env_remove(&name);
             }
         }
-        command.args(args);
+        // Nor the configuration of the machine.
+        command.env("TERCET_CONFIG", "/dev/null").args(args);
         command
     }
 

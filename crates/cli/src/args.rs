@@ -4,6 +4,7 @@ mod values;
 
 use std::{num::NonZeroUsize, path::PathBuf, time::Duration};
 
+use anyhow::anyhow;
 use clap::{Args, Parser, Subcommand};
 use tercet_cluster::{ClusterName, WorkerId};
 use tercet_engine::{
@@ -12,10 +13,11 @@ use tercet_engine::{
 };
 use tercet_kernels::Isa;
 use tercet_telemetry::LogFormat;
+use tercet_worker::{ModelSource, ModelSpec};
 
-pub(crate) use self::values::{ByteSize, Layers};
-use self::values::{byte_size, duration, fraction, layers, temperature};
-use crate::profile::Profile;
+pub(crate) use self::values::{ByteSize, Layers, ServedModel};
+use self::values::{byte_size, duration, fraction, layers, served_model, temperature};
+use crate::{failure::misconfigured, profile::Profile};
 
 /// Where servers listen and clients connect unless told otherwise.
 const DEFAULT_ADDRESS: &str = "127.0.0.1:7171";
@@ -53,9 +55,9 @@ pub(crate) struct ConfigurationArgs {
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Serve a model from this process alone: gateway and worker in one
+    /// Serve models from this process alone: gateway and worker in one
     Serve(ServeArgs),
-    /// Serve a model, or some layers of it, as a part of a cluster
+    /// Serve models, or some layers of one, as a part of a cluster
     Worker(WorkerArgs),
     /// Serve the models of a cluster's workers at one address
     Gateway(GatewayArgs),
@@ -65,7 +67,7 @@ pub(crate) enum Command {
     Chat(ChatArgs),
     /// Measure prefill and decode speed of the engine
     Bench(BenchArgs),
-    /// Look into model files, convert them, make them up
+    /// Look into model files, convert them, make them up; load and unload models of a server
     Model(ModelCommand),
     /// Print a script that completes commands and flags in a shell
     Completions {
@@ -144,15 +146,52 @@ pub(crate) struct GatewayArgs {
     pub(crate) server: ServerArgs,
 }
 
-/// The model of a server.
+/// The models of a server.
 #[derive(Args, Debug)]
 pub(crate) struct ServedModelArgs {
-    /// GGUF file or Hugging Face folder to serve [default: the built-in demo model]
-    #[arg(long, env = "TERCET_MODEL", value_name = "PATH")]
-    pub(crate) model: Option<PathBuf>,
-    /// Name of the model in requests [default: the model's own]
+    /// GGUF file or Hugging Face folder to serve, with its name in requests [its own] and its part
+    /// of --kv-memory; may be given several times, or once with ; between. Models without a part
+    /// share equally what the others leave [default: the built-in demo model]
+    #[arg(long, env = "TERCET_MODEL", value_name = "[NAME=]PATH[,kv=SIZE]")]
+    #[arg(value_delimiter = ';', value_parser = served_model)]
+    pub(crate) model: Vec<ServedModel>,
+    /// Name of the only model in requests [default: the model's own]
     #[arg(long, env = "TERCET_NAME", value_name = "NAME")]
     pub(crate) name: Option<String>,
+    /// Allows models to be loaded, from below this folder, and unloaded at run time, by whoever
+    /// reaches the server: see `tercet model load`. One more equal part of --kv-memory is kept for
+    /// them, and a model loaded takes what is asked for it, else all that no other has [default:
+    /// not allowed]
+    #[arg(long, env = "TERCET_MODEL_DIR", value_name = "DIR")]
+    pub(crate) model_dir: Option<PathBuf>,
+}
+
+impl ServedModelArgs {
+    /// Returns the models to serve.
+    pub(crate) fn specs(&self) -> anyhow::Result<Vec<ModelSpec>> {
+        let mut specs: Vec<_> = self
+            .model
+            .iter()
+            .map(|model| ModelSpec {
+                source: ModelSource::Path(model.path.clone()),
+                name: model.name.clone(),
+                kv_bytes: model.kv_memory.map(|size| size.0),
+            })
+            .collect();
+        if specs.is_empty() {
+            specs.push(ModelSpec::default());
+        }
+        if let Some(name) = &self.name {
+            let [only] = specs.as_mut_slice() else {
+                return Err(misconfigured(anyhow!(
+                    "--name {name} names one model of {}: give each as --model NAME=PATH",
+                    specs.len()
+                )));
+            };
+            only.name = Some(name.clone());
+        }
+        Ok(specs)
+    }
 }
 
 /// The cluster to be part of.
@@ -202,7 +241,7 @@ impl ComputeArgs {
 pub(crate) struct EngineArgs {
     #[command(flatten)]
     compute: ComputeArgs,
-    /// Most memory for the keys and values of sequences
+    /// Most memory for the keys and values of sequences, of all models together
     #[arg(long, env = "TERCET_KV_MEMORY", value_name = "SIZE", value_parser = byte_size)]
     #[arg(default_value = "1GiB")]
     kv_memory: ByteSize,
@@ -423,6 +462,46 @@ pub(crate) enum ModelAction {
     },
     /// Make up a model of a known shape, to measure with
     Synth(SynthArgs),
+    /// Load a model into a running server
+    Load {
+        /// GGUF file or Hugging Face folder, below the --model-dir of the server
+        path: String,
+        /// Name of the model in requests [default: the model's own]
+        #[arg(long, value_name = "NAME")]
+        name: Option<String>,
+        /// Memory for the keys and values of its sequences [default: all that no other model has]
+        #[arg(long, value_name = "SIZE", value_parser = byte_size)]
+        kv: Option<ByteSize>,
+        #[command(flatten)]
+        server: WorkerAddress,
+    },
+    /// Unload a model of a running server
+    Unload {
+        /// Its name
+        name: String,
+        /// How long its streams get to finish before they are told to resume elsewhere [default:
+        /// the server's --drain-timeout]
+        #[arg(long, value_name = "TIME", value_parser = duration)]
+        grace: Option<Duration>,
+        #[command(flatten)]
+        server: WorkerAddress,
+    },
+    /// List the models of a running server
+    List {
+        /// Prints JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        server: WorkerAddress,
+    },
+}
+
+/// A server whose models are looked after.
+#[derive(Args, Debug)]
+pub(crate) struct WorkerAddress {
+    /// A `tercet serve` or a `tercet worker`; a gateway has no models of its own
+    #[arg(long, env = "TERCET_CONNECT", value_name = "HOST:PORT", default_value = DEFAULT_ADDRESS)]
+    pub(crate) connect: String,
 }
 
 /// `tercet model synth`.

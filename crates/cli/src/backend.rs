@@ -4,7 +4,7 @@
 //! it is computed.
 
 mod generation;
-mod servers;
+pub(crate) mod servers;
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -106,7 +106,7 @@ impl Backend {
         let mut config = tercet_worker::Config::new(id, "local".to_owned());
         if let Some(path) = &args.model {
             let source = ModelSource::Path(PathBuf::from(path));
-            config.models = vec![ModelSpec { source, name: None }];
+            config.models = vec![ModelSpec { source, ..ModelSpec::default() }];
         }
         config.engine = EngineOptions {
             threads: args.engine.threads(),
@@ -139,7 +139,7 @@ impl Backend {
 }
 
 /// Turns a server's refusal into an error for people.
-fn refused(status: &Status) -> anyhow::Error {
+pub(crate) fn refused(status: &Status) -> anyhow::Error {
     if let Some(invalid) = InvalidRequest::of(status) {
         return misconfigured(invalid);
     }

@@ -16,6 +16,7 @@ mod output;
 mod process;
 mod profile;
 mod progress;
+mod remote;
 mod servers;
 mod settings;
 mod shutdown;
@@ -61,7 +62,7 @@ fn run(cli: Cli, flags: BTreeMap<String, Vec<String>>) -> anyhow::Result<()> {
         Command::Generate(args) => generate::run(&args, &log),
         Command::Chat(args) => chat::run(&args, flags, &log),
         Command::Bench(args) => bench::run(&args),
-        Command::Model(args) => model::run(&args.action),
+        Command::Model(args) => model::run(&args.action, &log),
         Command::Completions { shell } => completions::run(shell),
     }
 }

@@ -1,4 +1,4 @@
-//! `tercet model`: files looked into, converted, made up.
+//! `tercet model`: files looked into, converted, made up; models of a server.
 
 use std::{
     io::{self, IsTerminal as _, Write as _},
@@ -16,13 +16,15 @@ use tercet_engine::{
 };
 
 use crate::{
-    args::ModelAction,
+    args::{LogArgs, ModelAction},
     failure::{misconfigured, no_model},
     output::{print, print_line},
+    process::{self, Identity},
+    remote,
 };
 
 /// Runs `tercet model`.
-pub(crate) fn run(action: &ModelAction) -> Result<()> {
+pub(crate) fn run(action: &ModelAction, log: &LogArgs) -> Result<()> {
     match action {
         ModelAction::Inspect { path, json } => {
             let summary = open(path)?.summary();
@@ -47,6 +49,16 @@ pub(crate) fn run(action: &ModelAction) -> Result<()> {
                 overwrite: args.force,
             };
             written(&args.out, |progress| synth::write(&options, &args.out, progress))?;
+        }
+        ModelAction::Load { path, name, kv, server } => {
+            let load = || remote::load(server, path, name.as_deref(), *kv);
+            process::run(Identity::client(), log, load)?;
+        }
+        ModelAction::Unload { name, grace, server } => {
+            process::run(Identity::client(), log, || remote::unload(server, name, *grace))?;
+        }
+        ModelAction::List { json, server } => {
+            process::run(Identity::client(), log, || remote::list(server, *json))?;
         }
     }
     Ok(())

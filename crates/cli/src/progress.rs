@@ -22,7 +22,7 @@ pub(crate) async fn showing<T>(what: &str, work: impl Future<Output = T>) -> T {
     let start = Instant::now();
     let mut work = pin!(work);
     let mut ticks = interval_at(start + PATIENCE, PERIOD);
-    let mut line = Line { is_shown: false };
+    let mut line = Line::new();
     loop {
         tokio::select! {
             biased;
@@ -32,13 +32,21 @@ pub(crate) async fn showing<T>(what: &str, work: impl Future<Output = T>) -> T {
     }
 }
 
-/// A line of a terminal that goes when it is dropped.
-struct Line {
+/// A line of a terminal that goes when it is dropped; nothing elsewhere.
+pub(crate) struct Line {
+    is_terminal: bool,
     is_shown: bool,
 }
 
 impl Line {
-    fn show(&mut self, text: &str) {
+    pub(crate) fn new() -> Self {
+        Self { is_terminal: io::stderr().is_terminal(), is_shown: false }
+    }
+
+    pub(crate) fn show(&mut self, text: &str) {
+        if !self.is_terminal {
+            return;
+        }
         self.is_shown = true;
         // A terminal that is gone needs no progress.
         drop(write!(io::stderr(), "\r{text}\x1b[K"));

@@ -7,16 +7,13 @@ use futures::FutureExt as _;
 use tercet_cluster::{EtcdOptions, EtcdRegistry, MemoryRegistry, WorkerId};
 use tercet_gateway::{Gateway, LocalDialer, TcpDialer};
 use tercet_telemetry::{Admin, Metrics, Probe, serve_admin};
-use tercet_worker::{ModelSource, ModelSpec, Worker};
+use tercet_worker::Worker;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::TcpIncoming;
 
 use crate::{
-    args::{
-        ClusterArgs, GatewayArgs, GatewayLimits, LogArgs, ServeArgs, ServedModelArgs, ServerArgs,
-        WorkerArgs,
-    },
+    args::{ClusterArgs, GatewayArgs, GatewayLimits, LogArgs, ServeArgs, ServerArgs, WorkerArgs},
     failure::{misconfigured, unbuilt},
     output::print_line,
     process::{self, Identity},
@@ -59,12 +56,14 @@ async fn serve_until_stopped(args: &ServeArgs) -> Result<()> {
     let metrics = Metrics::new();
     let (dialer, connections) = LocalDialer::new(id.clone());
     let mut config = tercet_worker::Config::new(id, "local".to_owned());
-    config.models = vec![model_spec(&args.model)];
+    config.models = args.model.specs()?;
+    config.model_dir.clone_from(&args.model.model_dir);
     config.engine = args.engine.options(None);
     config.drain_timeout = args.server.drain_timeout;
     let worker = Worker::build(config, registry.clone(), metrics.clone()).map_err(unbuilt)?;
     let config = gateway_config(&args.gateway, &args.server);
-    let gateway = Gateway::build(config, &*registry, Arc::new(dialer), metrics.clone());
+    let gateway = Gateway::build(config, &*registry, Arc::new(dialer), metrics.clone())
+        .beside(worker.administration());
 
     let listener = bind(&args.listen, "listen").await?;
     let (condition, readiness) = (worker.condition(), gateway.readiness());
@@ -103,7 +102,8 @@ async fn work_until_stopped(args: &WorkerArgs) -> Result<()> {
         None => worker_id(&address)?,
     };
     let mut config = tercet_worker::Config::new(id, address);
-    config.models = vec![model_spec(&args.model)];
+    config.models = args.model.specs()?;
+    config.model_dir.clone_from(&args.model.model_dir);
     config.engine = args.engine.options(args.layers.as_ref());
     config.drain_timeout = args.server.drain_timeout;
     let worker = Worker::build(config, registry, metrics.clone()).map_err(unbuilt)?;
@@ -181,11 +181,6 @@ where
 fn etcd(args: &ClusterArgs) -> Result<EtcdRegistry> {
     let options = EtcdOptions::new(args.etcd.clone(), args.cluster.clone());
     EtcdRegistry::connect(options).map_err(misconfigured)
-}
-
-fn model_spec(args: &ServedModelArgs) -> ModelSpec {
-    let source = args.model.clone().map_or(ModelSource::BuiltIn, ModelSource::Path);
-    ModelSpec { source, name: args.name.clone() }
 }
 
 fn gateway_config(limits: &GatewayLimits, server: &ServerArgs) -> tercet_gateway::Config {

@@ -156,6 +156,9 @@ pub struct ModelRecord {
     /// How far it is.
     #[serde(default)]
     pub state: ModelState,
+    /// Greater for each later model of the worker, also of the same name.
+    #[serde(default)]
+    pub generation: u64,
 }
 
 /// What a worker tells of itself.
@@ -261,6 +264,7 @@ mod tests {
                 context_length: 512,
                 vocab_size: 1024,
                 state: ModelState::Ready,
+                generation: 0,
             }],
             max_sequences: 16,
         }
@@ -275,7 +279,8 @@ mod tests {
                 r#"{"version":1,"id":"w-1","address":"10.0.0.1:7171","epoch":7,"state":"ready","#,
                 r#""models":[{"name":"demo","identity":"ab","header_digest":"cd","#,
                 r#""layers":{"start":0,"end":6},"layer_count":6,"context_length":512,"#,
-                r#""vocab_size":1024,"state":"ready"}],"max_sequences":16}"#
+                r#""vocab_size":1024,"state":"ready","generation":0}],"#,
+                r#""max_sequences":16}"#
             )
         );
         assert_eq!(WorkerRecord::decode("w-1", stored.as_bytes()).unwrap(), record());
@@ -298,7 +303,7 @@ mod tests {
             let refused = decode("w-1", malformed.clone());
             assert!(matches!(refused, Err(RecordError::Malformed(_))), "{malformed}");
         }
-        let older = stored.replace(",\"state\":\"ready\"}]", "}]");
+        let older = stored.replace(",\"state\":\"ready\",\"generation\":0}]", "}]");
         assert_eq!(decode("w-1", older).unwrap(), record(), "models without a state are ready");
         let grown = stored.replace("\"epoch\"", "\"zone\":\"a\",\"epoch\"");
         assert_eq!(decode("w-1", grown).unwrap(), record(), "an added field is skipped");

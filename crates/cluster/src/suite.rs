@@ -40,6 +40,7 @@ pub(crate) fn record(id: &str, epoch: u64) -> WorkerRecord {
             context_length: 128,
             vocab_size: 1000,
             state: ModelState::Ready,
+            generation: 0,
         }],
         max_sequences: 8,
     }

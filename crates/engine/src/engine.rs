@@ -7,7 +7,7 @@ mod tests;
 use std::{
     collections::{HashMap, VecDeque},
     fmt,
-    ops::Range,
+    ops::{ControlFlow, Range},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -21,7 +21,7 @@ use thiserror::Error;
 use self::compute::Computer;
 use crate::{
     kv::KvError,
-    model_file::{ModelConfig, ModelError, ModelFile},
+    model_file::{ModelConfig, ModelError, ModelFile, Report, StageWeights},
     pipeline::Downstream,
     plan::StepResult,
     pool::{ComputePool, PoolError},
@@ -157,7 +157,8 @@ struct Facts {
     layers: Range<usize>,
     isa: Isa,
     scheduler: SchedulerConfig,
-    weights: Arc<crate::model_file::StageWeights>,
+    weights: Arc<StageWeights>,
+    pool: ComputePool,
     kv_bytes: usize,
 }
 
@@ -214,16 +215,19 @@ impl Engine {
         options: &EngineOptions,
         observer: Option<LogitsObserver>,
     ) -> Result<Self, EngineError> {
-        Self::load_on(model, options, &ComputePool::new(options.threads)?, observer)
+        let pool = ComputePool::new(options.threads)?;
+        Self::load_on(model, options, &pool, observer, &mut |_| ControlFlow::Continue(()))
     }
 
     /// As [`Self::load_observed`], computed on the threads of `pool`, whatever `options` says of
-    /// threads: engines that share a pool take turns, step by step.
+    /// threads: engines that share a pool take turns, step by step. Tells `report` how far the
+    /// reading of the weights is, which may end it.
     pub fn load_on(
         model: &ModelFile,
         options: &EngineOptions,
         pool: &ComputePool,
         observer: Option<LogitsObserver>,
+        report: Report<'_>,
     ) -> Result<Self, EngineError> {
         for (limit, name) in [
             (options.max_sequences, "max_sequences"),
@@ -244,7 +248,7 @@ impl Engine {
                 expected: "an engine begins at layer 0; later layers follow one".to_owned(),
             });
         }
-        let mut runner = StageRunner::load(model, layers.clone(), options, pool.clone())?;
+        let mut runner = StageRunner::load(model, layers.clone(), options, pool.clone(), report)?;
         runner.observe_logits(observer);
         let scheduler = SchedulerConfig {
             vocab: model.config.vocab,
@@ -270,6 +274,7 @@ impl Engine {
             isa: runner.isa(),
             scheduler,
             weights: runner.weights(),
+            pool: pool.clone(),
             kv_bytes: runner.kv_bytes(),
         };
         let computer = Computer {
@@ -323,9 +328,13 @@ impl Engine {
         self.facts.kv_bytes
     }
 
-    /// Returns the digests of the tensors held. Hashes them all: not for a hurry.
-    pub fn part_digests(&self) -> Vec<(String, [u8; 32])> {
-        self.facts.weights.part_digests()
+    /// Returns the digests of the tensors held. Hashes them all, in turns with whoever else uses
+    /// the pool, and tells `report` how far it is.
+    ///
+    /// # Errors
+    /// [`ModelError::Interrupted`] if `report` says so.
+    pub fn part_digests(&self, report: Report<'_>) -> Result<Vec<(String, [u8; 32])>, ModelError> {
+        self.facts.pool.part_digests(&self.facts.weights, report)
     }
 
     /// Returns how full the engine is.
@@ -365,6 +374,11 @@ impl Engine {
         Ok(SequenceHandle { shared: Arc::clone(&self.shared), key })
     }
 
+    /// Ends all sequences, and the computing after the present step.
+    pub fn stop(&self) {
+        self.shared.send(Command::Stop);
+    }
+
     /// Attaches the later stages of the pipeline: sequences submitted from now on go through them.
     pub fn attach(&self, attachment: Attachment) {
         *lock(&self.shared.limits) = limits(self.facts.scheduler, &attachment);
@@ -394,7 +408,7 @@ impl fmt::Debug for Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        self.shared.send(Command::Stop);
+        self.stop();
         if let Some(thread) = self.thread.take() {
             // A panic of the compute thread was told when it happened.
             drop(thread.join());

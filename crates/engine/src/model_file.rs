@@ -17,6 +17,7 @@ mod digest;
 mod error;
 mod folder;
 mod gguf;
+mod load;
 mod mapping;
 mod output;
 mod summary;
@@ -26,7 +27,7 @@ mod ternary;
 mod tokenizer;
 mod weights;
 
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -36,6 +37,7 @@ pub use self::{
     config::{Architecture, GenerationDefaults, ModelConfig},
     digest::identity,
     error::ModelError,
+    load::{LoadProgress, Report},
     output::Progress,
     summary::{Summary, TensorSummary, TokenizerSummary, Totals},
     weights::{HeadWeights, LayerWeights, StageWeights},
@@ -48,7 +50,7 @@ use folder::{FolderConfig, Quantization};
 use gguf::Gguf;
 use gguf::model::GgufModel;
 use mapping::FileBytes;
-use tensors::Tensors;
+use tensors::{LayerTensors, Tensors};
 use tokenizer::TextParts;
 
 /// File formats a model can be in.
@@ -175,6 +177,18 @@ impl ModelFile {
     /// # Errors
     /// If the range is not part of the model, or its values are damaged.
     pub fn load(&self, layers: Range<usize>) -> Result<StageWeights, ModelError> {
+        self.load_reporting(layers, &mut |_| ControlFlow::Continue(()))
+    }
+
+    /// As [`Self::load`], and tells `report` how far it is, which may end it.
+    ///
+    /// # Errors
+    /// As [`Self::load`], and [`ModelError::Interrupted`].
+    pub fn load_reporting(
+        &self,
+        layers: Range<usize>,
+        report: Report<'_>,
+    ) -> Result<StageWeights, ModelError> {
         let total = self.config.layers;
         if layers.is_empty() || layers.end > total {
             let Range { start, end } = layers;
@@ -185,8 +199,11 @@ impl ModelFile {
         let embed =
             (first || embed_is_head).then(|| self.tensors.embed.read_dense()).transpose()?;
         let mut loaded = Vec::with_capacity(layers.len());
-        for layer in &self.tensors.layers[layers.clone()] {
+        let held = &self.tensors.layers[layers.clone()];
+        let mut progress = LoadProgress::of(held.iter().map(LayerTensors::bytes).sum());
+        for layer in held {
             loaded.push(layer.load()?);
+            progress.advance(layer.bytes(), report)?;
         }
         let head = if last {
             let norm = self.tensors.norm.read_vector()?;

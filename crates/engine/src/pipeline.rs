@@ -1,12 +1,15 @@
 //! The stages of a pipeline: what the first one sends, and how a later one follows.
 
-use std::{fmt, ops::Range, sync::Arc};
+use std::{
+    fmt,
+    ops::{ControlFlow, Range},
+};
 
 use thiserror::Error;
 
 use crate::{
     engine::{EngineError, EngineOptions, StepError},
-    model_file::{ModelFile, StageWeights},
+    model_file::{ModelError, ModelFile, Report},
     plan::{StepPlan, StepResult},
     pool::ComputePool,
     runner::{Input, LogitsObserver, Produced, StageRunner},
@@ -52,14 +55,17 @@ impl Follower {
     /// Loads the weights of `options.layers`, which must begin after layer 0, to be computed on
     /// threads of its own.
     pub fn load(model: &ModelFile, options: &EngineOptions) -> Result<Self, EngineError> {
-        Self::load_on(model, options, &ComputePool::new(options.threads)?)
+        let pool = ComputePool::new(options.threads)?;
+        Self::load_on(model, options, &pool, &mut |_| ControlFlow::Continue(()))
     }
 
-    /// As [`Self::load`], to be computed on the threads of `pool`.
+    /// As [`Self::load`], to be computed on the threads of `pool`. Tells `report` how far the
+    /// reading of the weights is, which may end it.
     pub fn load_on(
         model: &ModelFile,
         options: &EngineOptions,
         pool: &ComputePool,
+        report: Report<'_>,
     ) -> Result<Self, EngineError> {
         let layers = options.layers.clone().unwrap_or(0..model.config.layers);
         if layers.start == 0 {
@@ -68,7 +74,7 @@ impl Follower {
                 expected: "a later stage begins after layer 0".to_owned(),
             });
         }
-        let runner = StageRunner::load(model, layers.clone(), options, pool.clone())?;
+        let runner = StageRunner::load(model, layers.clone(), options, pool.clone(), report)?;
         Ok(Self { runner, layers })
     }
 
@@ -97,9 +103,13 @@ impl Follower {
         self.runner.kv_pages_in_use()
     }
 
-    /// Returns the weights held.
-    pub fn weights(&self) -> Arc<StageWeights> {
-        self.runner.weights()
+    /// Returns the digests of the tensors held. Hashes them all, in turns with whoever else uses
+    /// the pool, and tells `report` how far it is.
+    ///
+    /// # Errors
+    /// [`ModelError::Interrupted`] if `report` says so.
+    pub fn part_digests(&self, report: Report<'_>) -> Result<Vec<(String, [u8; 32])>, ModelError> {
+        self.runner.part_digests(report)
     }
 
     /// Forgets all sequences: a new link begins.

@@ -6,6 +6,8 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use tercet_kernels::{Crew, Lead};
 use thiserror::Error;
 
+use crate::model_file::{LoadProgress, ModelError, Report, StageWeights};
+
 /// The compute threads could not be made.
 #[derive(Debug, Error)]
 pub enum PoolError {
@@ -34,8 +36,7 @@ pub struct ComputePool(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     crew: Crew,
-    /// Absent for one thread: the caller's own thread then does everything.
-    threads: Option<ThreadPool>,
+    threads: ThreadPool,
     turns: Mutex<Turns>,
     /// Told whenever a turn ends.
     ended: Condvar,
@@ -63,14 +64,10 @@ impl ComputePool {
         if threads == 0 {
             return Err(PoolError::NoThreads);
         }
-        let pool = (threads > 1)
-            .then(|| {
-                ThreadPoolBuilder::new()
-                    .num_threads(threads)
-                    .thread_name(|index| format!("tercet-compute-{index}"))
-                    .build()
-            })
-            .transpose()
+        let pool = ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|index| format!("tercet-compute-{index}"))
+            .build()
             .map_err(|source| PoolError::Start { threads, source })?;
         Ok(Self(Arc::new(Shared {
             crew: Crew::new(threads),
@@ -95,6 +92,25 @@ impl ComputePool {
         Turn(&self.0)
     }
 
+    /// Returns the digests of weights, hashed in turns, and tells `report` how far it is.
+    pub(crate) fn part_digests(
+        &self,
+        weights: &StageWeights,
+        report: Report<'_>,
+    ) -> Result<Vec<(String, [u8; 32])>, ModelError> {
+        let mut progress = LoadProgress::of(weights.hashed_bytes());
+        weights.part_digests_by(&mut |bytes, piece| {
+            self.install(piece);
+            progress.advance(bytes, report)
+        })
+    }
+
+    /// Takes a turn and runs something in it that is parallel by itself.
+    pub(crate) fn install<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
+        let _turn = self.turn();
+        self.0.threads.install(f)
+    }
+
     /// Runs `f` as the leader of a region of all threads. The caller has a turn.
     ///
     /// A region is one `broadcast`: its first thread leads, the others follow it through the crew's
@@ -102,7 +118,10 @@ impl ComputePool {
     /// and no fork and join each.
     pub(crate) fn region<R: Send>(&self, f: impl FnOnce(&Lead<'_>) -> R + Send) -> R {
         let Shared { crew, threads, .. } = &*self.0;
-        let Some(threads) = threads else { return crew.lead(f) };
+        if crew.threads() == 1 {
+            // Saves the hand-over: the caller waits in any case.
+            return crew.lead(f);
+        }
         let leader = Mutex::new(Some(f));
         let results = threads.broadcast(|thread| {
             if thread.index() > 0 {

@@ -8,7 +8,7 @@ use crate::{
     engine::{EngineError, EngineOptions, StepError},
     forward::{Forward, Row, Workspace},
     kv::{KvCache, KvShape},
-    model_file::{ModelConfig, ModelFile, StageWeights},
+    model_file::{ModelConfig, ModelError, ModelFile, Report, StageWeights},
     plan::{Run, RunOutcome, RunOutput, RunResult, Scores, SequenceId, StepPlan},
     pool::ComputePool,
     sampler::{Sampler, SamplingParams, token_id},
@@ -57,6 +57,7 @@ impl StageRunner {
         layers: Range<usize>,
         options: &EngineOptions,
         pool: ComputePool,
+        report: Report<'_>,
     ) -> Result<Self, EngineError> {
         let total = model.config.layers;
         if layers.is_empty() || layers.end > total {
@@ -84,7 +85,7 @@ impl StageRunner {
             .max_sequences
             .saturating_mul(crate::kv::pages_for(options.context_of(&model.config)));
         Ok(Self {
-            weights: Arc::new(model.load(layers)?),
+            weights: Arc::new(model.load_reporting(layers, report)?),
             kernels,
             pool,
             kv: KvCache::new(shape, pages.min(useful)),
@@ -102,6 +103,14 @@ impl StageRunner {
 
     pub(crate) fn isa(&self) -> Isa {
         self.kernels.isa()
+    }
+
+    /// Returns the digests of the weights, and tells `report` how far they are.
+    pub(crate) fn part_digests(
+        &self,
+        report: Report<'_>,
+    ) -> Result<Vec<(String, [u8; 32])>, ModelError> {
+        self.pool.part_digests(&self.weights, report)
     }
 
     pub(crate) fn weights(&self) -> Arc<StageWeights> {

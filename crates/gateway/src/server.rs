@@ -11,12 +11,13 @@ use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
-use crate::fleet::{Fleet, Routes};
+use crate::fleet::{self, Fleet};
 use crate::service::{Service, Shared};
 use crate::{Config, Dialer, LeastOutstanding, Policy};
 
@@ -31,6 +32,7 @@ const HEALTH_NAMES: [&str; 2] = ["", "tercet.v1.Inference"];
 pub struct Gateway {
     shared: Arc<Shared>,
     view: watch::Receiver<Arc<View>>,
+    beside: Option<Routes>,
 }
 
 /// Why a gateway does not serve.
@@ -47,7 +49,7 @@ pub enum ServeError {
 /// Tells whether a gateway should get requests. Clones tell the same.
 #[derive(Clone, Debug)]
 pub struct Readiness {
-    routes: watch::Receiver<Arc<Routes>>,
+    routes: watch::Receiver<Arc<fleet::Routes>>,
     draining: CancellationToken,
 }
 
@@ -99,7 +101,13 @@ impl Gateway {
             stop: CancellationToken::new(),
             config,
         };
-        Self { shared: Arc::new(shared), view: registry.watch() }
+        Self { shared: Arc::new(shared), view: registry.watch(), beside: None }
+    }
+
+    /// Serves the `Worker` service of the only worker as well, for a process that is both.
+    pub fn beside(mut self, worker: Routes) -> Self {
+        self.beside = Some(worker);
+        self
     }
 
     /// Returns what tells whether this gateway should get requests.
@@ -119,7 +127,7 @@ impl Gateway {
         listener: TcpListener,
         shutdown: impl Future<Output = ()> + Send,
     ) -> Result<(), ServeError> {
-        let Self { shared, view } = self;
+        let Self { shared, view, beside } = self;
         let config = shared.config.clone();
         let draining = shared.draining.clone();
         let stop = shared.stop.clone();
@@ -144,6 +152,7 @@ impl Gateway {
         let server = Server::builder()
             .http2_keepalive_interval(Some(config.keepalive_interval))
             .http2_keepalive_timeout(Some(config.keepalive_timeout))
+            .add_routes(beside.unwrap_or_default())
             .add_service(health)
             .add_service(reflection().build_v1().map_err(ServeError::Reflection)?)
             .add_service(reflection().build_v1alpha().map_err(ServeError::Reflection)?)
@@ -193,7 +202,7 @@ impl Shared {
 /// Tells health as routes come and go, until the gateway drains.
 async fn report_health(
     reporter: HealthReporter,
-    mut routes: watch::Receiver<Arc<Routes>>,
+    mut routes: watch::Receiver<Arc<fleet::Routes>>,
     draining: CancellationToken,
 ) {
     loop {

@@ -54,3 +54,8 @@ pub fn code_name(code: Code) -> &'static str {
         Code::Unauthenticated => "UNAUTHENTICATED",
     }
 }
+
+/// Returns the name under which `grpc.health.v1` tells whether a model can be asked for.
+pub fn health_name(model: &str) -> String {
+    format!("tercet.v1.Inference/{model}")
+}

@@ -26,6 +26,9 @@ pub use self::recorder::RequestRecorder;
 /// A series lives as long as its process: names must not be able to fill the memory.
 pub const MAX_MODEL_LABELS: usize = 256;
 
+/// States of the models of a worker.
+const MODEL_STATES: [&str; 4] = ["loading", "ready", "draining", "failed"];
+
 const REQUEST_DURATION_SECONDS: [f64; 14] =
     [0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92];
 const TIME_TO_FIRST_TOKEN_SECONDS: [f64; 16] =
@@ -154,11 +157,19 @@ struct RejectionLabels {
 
 #[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
 struct SequenceLabels {
+    gen_ai_request_model: String,
     state: SequenceState,
 }
 
 #[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct ModelStateLabels {
+    gen_ai_request_model: String,
+    state: &'static str,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
 struct PageLabels {
+    gen_ai_request_model: String,
     state: PageState,
 }
 
@@ -199,6 +210,7 @@ struct Inner {
     stream_moves: Family<CauseLabels, Counter>,
     sequences: Family<SequenceLabels, Gauge>,
     kv_pages: Family<PageLabels, Gauge>,
+    model_states: Family<ModelStateLabels, Gauge>,
     step_duration: Histogram,
     step_rows: Counter,
 }
@@ -226,6 +238,7 @@ impl Metrics {
             stream_moves: Family::default(),
             sequences: Family::default(),
             kv_pages: Family::default(),
+            model_states: Family::default(),
             step_duration: Histogram::new(STEP_DURATION_SECONDS),
             step_rows: Counter::default(),
         };
@@ -277,6 +290,11 @@ impl Metrics {
             inner.sequences.clone(),
         );
         registry.register("tercet_kv_pages", "Pages of the KV pool", inner.kv_pages.clone());
+        registry.register(
+            "tercet_model_state",
+            "1 for the state that a model of this worker is in",
+            inner.model_states.clone(),
+        );
         registry.register_with_unit(
             "tercet_step_duration",
             "One step of the engine, all sequences of the batch",
@@ -342,14 +360,40 @@ impl Metrics {
         self.0.stream_moves.get_or_create(&CauseLabels { cause }).inc();
     }
 
-    /// Tells how many sequences are in a state.
-    pub fn set_sequences(&self, state: SequenceState, count: usize) {
-        self.0.sequences.get_or_create(&SequenceLabels { state }).set(gauge_value(count));
+    /// Tells how many sequences of a model are in a state.
+    pub fn set_sequences(&self, model: &str, state: SequenceState, count: usize) {
+        let labels = SequenceLabels { gen_ai_request_model: self.model_label(model), state };
+        self.0.sequences.get_or_create(&labels).set(gauge_value(count));
     }
 
-    /// Tells how many pages of the KV pool are in a state.
-    pub fn set_kv_pages(&self, state: PageState, count: usize) {
-        self.0.kv_pages.get_or_create(&PageLabels { state }).set(gauge_value(count));
+    /// Tells how many pages of the KV pool of a model are in a state.
+    pub fn set_kv_pages(&self, model: &str, state: PageState, count: usize) {
+        let labels = PageLabels { gen_ai_request_model: self.model_label(model), state };
+        self.0.kv_pages.get_or_create(&labels).set(gauge_value(count));
+    }
+
+    /// Tells whether a model of this worker is in a state.
+    pub fn set_model_state(&self, model: &str, state: &'static str) {
+        let model = self.model_label(model);
+        for each in MODEL_STATES {
+            let labels = ModelStateLabels { gen_ai_request_model: model.clone(), state: each };
+            self.0.model_states.get_or_create(&labels).set(i64::from(each == state));
+        }
+    }
+
+    /// Forgets what is told of a model of this worker that was unloaded; its counts stay.
+    pub fn forget_model(&self, model: &str) {
+        let gen_ai_request_model = self.model_label(model);
+        let model = || gen_ai_request_model.clone();
+        for state in [SequenceState::Waiting, SequenceState::Running] {
+            self.0.sequences.remove(&SequenceLabels { gen_ai_request_model: model(), state });
+        }
+        for state in [PageState::Free, PageState::Used, PageState::Cached] {
+            self.0.kv_pages.remove(&PageLabels { gen_ai_request_model: model(), state });
+        }
+        for state in MODEL_STATES {
+            self.0.model_states.remove(&ModelStateLabels { gen_ai_request_model: model(), state });
+        }
     }
 
     /// Records one step of the engine.

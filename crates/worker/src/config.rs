@@ -23,6 +23,9 @@ pub struct ModelSpec {
     pub source: ModelSource,
     /// Its name in requests; the model's own name if absent.
     pub name: Option<String>,
+    /// Its part of the worker's KV memory, in bytes. Models that name none share equally what the
+    /// others leave.
+    pub kv_bytes: Option<usize>,
 }
 
 /// How a worker behaves. Plain data.
@@ -36,7 +39,12 @@ pub struct Config {
     pub epoch: u64,
     /// The models to serve.
     pub models: Vec<ModelSpec>,
-    /// How each is computed, and which layers are held. A range that begins after layer 0 makes the
+    /// Folder below which models may be loaded at run time, and at whose presence models may be
+    /// unloaded. Without it, neither is possible; with it, one more equal share of the KV memory
+    /// stays unassigned at first.
+    pub model_dir: Option<PathBuf>,
+    /// How each is computed, except that they share the compute threads and the KV memory, and
+    /// which layers are held. A range that begins after layer 0 makes the
     /// worker a later stage of a pipeline; one that ends early, the head of one.
     pub engine: EngineOptions,
     /// How long streams get to finish in a drain before they are told to resume elsewhere.
@@ -56,6 +64,7 @@ impl Config {
             address,
             epoch: epoch_now(),
             models: vec![ModelSpec::default()],
+            model_dir: None,
             engine: EngineOptions::default(),
             drain_timeout: Duration::from_secs(30),
             keepalive_interval: Duration::from_secs(10),

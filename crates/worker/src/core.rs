@@ -1,12 +1,13 @@
 //! What all services of a worker share.
 
+mod budget;
 mod hosted;
 
 use std::{
     collections::BTreeMap,
     sync::{
         Arc, PoisonError, RwLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -18,8 +19,15 @@ use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::Status;
 
-pub(crate) use self::hosted::{Facts, Hosted, Loaded, Phase, Role};
+pub use self::budget::NoKvMemory;
+pub(crate) use self::{
+    budget::{KvBudget, KvShare},
+    hosted::{Facts, Hosted, Loaded, Phase, Progress, Role},
+};
 use crate::Config;
+
+/// Why a worker without models is not ready.
+const NO_MODEL: &str = "no model is loaded";
 
 /// Most names of models that a message lists.
 const LISTED: usize = 8;
@@ -38,7 +46,13 @@ pub(crate) struct Core {
     draining: AtomicBool,
     /// Cancelled when a drain has lasted too long: whatever is active must end.
     pub(crate) evicted: CancellationToken,
-    /// Tasks of pipeline links.
+    /// Cancelled at the end: the models leave memory.
+    pub(crate) closing: CancellationToken,
+    /// The KV memory, for all models.
+    pub(crate) kv: KvBudget,
+    /// Counts the models ever hosted.
+    generations: AtomicU64,
+    /// Tasks of models and pipeline links.
     pub(crate) tasks: TaskTracker,
 }
 
@@ -46,19 +60,24 @@ impl Core {
     pub(crate) fn new(config: Config, metrics: Metrics) -> Result<Self, PoolError> {
         Ok(Self {
             pool: ComputePool::new(config.engine.threads)?,
+            kv: KvBudget::new(config.engine.kv_bytes),
             config: Arc::new(config),
             metrics,
             models: RwLock::default(),
             changes: watch::Sender::new(0),
             draining: AtomicBool::new(false),
             evicted: CancellationToken::new(),
+            closing: CancellationToken::new(),
+            generations: AtomicU64::new(0),
             tasks: TaskTracker::new(),
         })
     }
 
     /// Adds a model that is still to be loaded; nothing if there is one of that name.
-    pub(crate) fn host(&self, facts: Facts) -> Option<Arc<Hosted>> {
-        let hosted = Arc::new(Hosted::new(self, facts));
+    pub(crate) fn host(&self, facts: Facts, share: KvShare) -> Option<Arc<Hosted>> {
+        // Also greater than in earlier lives of the worker, whose gateways may be the same.
+        let generation = self.config.epoch + self.generations.fetch_add(1, Ordering::Relaxed);
+        let hosted = Arc::new(Hosted::new(self, facts, share, generation));
         {
             let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
             if models.contains_key(&hosted.facts.name) {
@@ -72,6 +91,16 @@ impl Core {
         }
         self.changes.send_modify(|changes| *changes += 1);
         Some(hosted)
+    }
+
+    /// Removes a model that has left memory.
+    pub(crate) fn forget(&self, model: &Hosted) {
+        let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
+        models.remove(&model.facts.name);
+        drop(models);
+        self.metrics.forget_model(&model.facts.name);
+        model.gone.cancel();
+        self.changes.send_modify(|changes| *changes += 1);
     }
 
     /// Returns a receiver that changes with the models and their phases.
@@ -101,7 +130,7 @@ impl Core {
         let models = self.models();
         match models.as_slice() {
             [only] => Ok(Arc::clone(only)),
-            [] => Err(Reason::ModelUnknown.status("no model is loaded here")),
+            [] => Err(Reason::ModelUnknown.status(NO_MODEL)),
             _ => {
                 let description =
                     format!("several models are served, name one of them: {}", self.served());
@@ -114,7 +143,7 @@ impl Core {
     fn served(&self) -> String {
         let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
         if models.is_empty() {
-            return "no model is loaded".to_owned();
+            return NO_MODEL.to_owned();
         }
         let names: Vec<String> =
             models.keys().take(LISTED).map(|name| format!("{name:?}")).collect();
@@ -151,15 +180,23 @@ impl Core {
         if self.is_draining() {
             return Err("draining".to_owned());
         }
-        let mut waits = "no model is loaded";
+        let mut waits = NO_MODEL;
         for model in self.models() {
             match model.phase() {
                 Phase::Ready(_) => return Ok(()),
                 Phase::Loading(why) => waits = why,
-                Phase::Draining => {}
+                Phase::Failed(_) if waits == NO_MODEL => waits = "a model failed",
+                Phase::Failed(_) | Phase::Draining => {}
             }
         }
         Err(waits.to_owned())
+    }
+
+    /// Returns whether all models have failed: nothing but a new start helps.
+    pub(crate) fn is_lost(&self) -> bool {
+        let models = self.models();
+        let failed = |model: &Arc<Hosted>| matches!(model.phase(), Phase::Failed(_));
+        !models.is_empty() && models.iter().all(failed)
     }
 
     /// Returns what the registry should say of the worker.
@@ -202,6 +239,11 @@ impl Active {
     pub(crate) fn begin(&self) -> ActiveGuard {
         self.0.send_modify(|active| *active += 1);
         ActiveGuard(self.0.clone())
+    }
+
+    /// Returns how much is in progress.
+    pub(crate) fn count(&self) -> usize {
+        *self.0.borrow()
     }
 
     /// Returns when nothing is in progress.

@@ -27,6 +27,20 @@ pub(crate) fn submit(model: &Hosted, error: &SubmitError, field: &str, prompt: u
     }
 }
 
+/// Returns an error and its causes as one line, leaving out causes that the text before tells.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(present) = cause {
+        let text = present.to_string();
+        if !line.contains(&text) {
+            line = format!("{line}: {text}");
+        }
+        cause = present.source();
+    }
+    line
+}
+
 /// Returns the status of a request longer than the context.
 pub(crate) fn too_long(field: &str, tokens: usize, limit: usize) -> Status {
     let description = format!("must fit the context of {limit} tokens, got {tokens}");

@@ -14,12 +14,13 @@
 //! - What a stream sends is a pure function of the request and the ids sampled, so a resume at any
 //!   other worker of the same identity goes on exactly.
 
+mod administration;
 mod completion;
 mod config;
 mod core;
-mod describe;
 mod failure;
 mod generation;
+mod hosting;
 mod inference;
 mod load;
 mod mailbox;
@@ -33,6 +34,7 @@ mod worker;
 
 pub use self::{
     config::{Config, ModelSource, ModelSpec},
+    core::NoKvMemory,
     load::LoadError,
     worker::{BuildError, Condition, ServeError, Worker},
 };

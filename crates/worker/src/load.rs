@@ -1,14 +1,17 @@
 //! Reads a model into memory. Blocking: minutes for a large one.
 
-use std::sync::Arc;
+use std::{ops::ControlFlow, sync::Arc};
 
-use tercet_engine::{Engine, EngineError, Follower, ModelError, ModelFile, demo};
+use tercet_engine::{
+    Engine, EngineError, Follower, ModelError, ModelFile, demo, model_file::LoadProgress,
+};
+use tercet_proto::v1::LoadStage;
 use tercet_text::{ChatTemplate, TemplateError, Tokenizer, TokenizerError};
 use thiserror::Error;
 
 use crate::{
     ModelSource,
-    core::{Hosted, Loaded, Role},
+    core::{Hosted, Loaded, Progress, Role},
     pipeline::Stage,
 };
 
@@ -42,21 +45,36 @@ pub(crate) fn open(source: &ModelSource) -> Result<ModelFile, ModelError> {
 
 /// Loads the layers that the worker holds.
 pub(crate) fn load(file: &ModelFile, model: &Hosted) -> Result<Loaded, LoadError> {
-    let Hosted { config, facts, metrics, pool, .. } = model;
+    let Hosted { facts, metrics, pool, .. } = model;
     let tokenizer = Arc::new(Tokenizer::new(&file.tokenizer, file.special.clone())?);
     let text = |id: Option<u32>| id.and_then(|id| tokenizer.token_text(id)).unwrap_or_default();
     let (bos, eos) = (text(file.special.bos), text(file.special.eos.first().copied()));
     let template = file.chat_template.as_deref();
     let template = template.map(|source| ChatTemplate::new(source, bos, eos)).transpose()?;
+    let options = model.options();
+    let reading = &mut reporter(model, LoadStage::Reading);
+    let hashing = &mut reporter(model, LoadStage::Hashing);
     let (role, parts) = if facts.is_later_stage() {
-        let follower = Follower::load_on(file, &config.engine, pool)?;
-        let parts = follower.weights().part_digests();
+        let follower = Follower::load_on(file, &options, pool, reading)?;
+        model.keep_kv(follower.kv_bytes());
+        let parts = follower.part_digests(hashing)?;
         let stage = Stage::start(follower, facts, &parts, metrics.clone());
         (Role::Stage(stage.map_err(LoadError::Thread)?), parts)
     } else {
-        let engine = Engine::load_on(file, &config.engine, pool, None)?;
-        let parts = engine.part_digests();
+        let engine = Engine::load_on(file, &options, pool, None, reading)?;
+        model.keep_kv(engine.kv_bytes());
+        let parts = engine.part_digests(hashing)?;
         (Role::Engine(Arc::new(engine)), parts)
     };
     Ok(Loaded { tokenizer, template, parts, role })
+}
+
+/// Returns what tells of a stage of loading, and ends it when the model is not wanted any more.
+fn reporter(model: &Hosted, stage: LoadStage) -> impl FnMut(LoadProgress) -> ControlFlow<()> {
+    let (progress, closing) = (model.progress.clone(), model.closing.clone());
+    move |LoadProgress { done, total }| {
+        let stage = stage.into();
+        progress.send_replace(Progress { stage, done_bytes: done, total_bytes: total });
+        if closing.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
 }

@@ -3,6 +3,7 @@
 mod cluster;
 mod drain;
 mod generate;
+mod models;
 mod pipeline;
 mod refusals;
 

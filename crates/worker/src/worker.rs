@@ -1,44 +1,40 @@
 //! Binds the parts to a listener, and takes them down again.
 
-use std::{
-    convert::Infallible, error::Error as StdError, future::Future, pin::pin, sync::Arc,
-    time::Duration,
-};
+use std::{error::Error as StdError, future::Future, pin::pin, sync::Arc, time::Duration};
 
 use futures::Stream;
 use tercet_cluster::{ClusterError, Registry};
-use tercet_engine::{
-    Engine, ModelError, ModelFile, Output, PoolError, SamplingParams, SequenceRequest, model_file,
-};
+use tercet_engine::{ModelError, ModelFile, PoolError};
 use tercet_proto::v1::{inference_server::InferenceServer, worker_server::WorkerServer};
-use tercet_telemetry::{Metrics, PageState, SequenceState};
+use tercet_telemetry::Metrics;
 use thiserror::Error;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
+    sync::mpsc,
     task::{self, JoinSet},
-    time::{self, MissedTickBehavior},
+    time,
 };
 use tokio_util::sync::CancellationToken;
-use tonic::transport::{Server, server::Connected};
+use tonic::{
+    service::Routes,
+    transport::{Server, server::Connected},
+};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
     Config, LoadError,
-    core::{Core, Facts, Hosted, Phase, Role},
-    describe::DescribeService,
+    administration::AdministrationService,
+    core::{Core, Facts, Hosted, NoKvMemory, Phase},
+    hosting::{self, HostError},
     inference::InferenceService,
-    load,
-    mailbox::{End, mailbox},
-    membership,
-    pipeline::{PipelineService, head},
+    load, membership,
+    pipeline::PipelineService,
 };
 
 /// How long the last messages of ended streams get to reach their clients.
 const FLUSH: Duration = Duration::from_secs(1);
 /// How long background tasks may take to end, the leave from the registry included.
 const FAREWELL: Duration = Duration::from_secs(8);
-/// How often the load is measured and the compute thread looked after.
-const HEARTBEAT: Duration = Duration::from_millis(500);
 /// Bytes that may be under way on one stream before the receiver has to say that it keeps up: a
 /// prefill chunk of a wide model at least, or the links of a pipeline would wait.
 const STREAM_WINDOW: u32 = 16 << 20;
@@ -62,6 +58,15 @@ pub enum BuildError {
     /// The configuration or the machine is at fault.
     #[error(transparent)]
     Pool(#[from] PoolError),
+    /// The configuration is at fault.
+    #[error(transparent)]
+    Kv(#[from] NoKvMemory),
+    /// The configuration is at fault.
+    #[error("layers of {models} models are asked for: a stage of a pipeline holds exactly one")]
+    Stage {
+        /// Number of models.
+        models: usize,
+    },
     /// The configuration is at fault.
     #[error("two models are named {name:?}: give them names of their own")]
     SameName {
@@ -96,6 +101,17 @@ pub enum ServeError {
     Transport(#[source] tonic::transport::Error),
 }
 
+impl From<HostError> for ServeError {
+    fn from(error: HostError) -> Self {
+        match error {
+            HostError::Load(error) => Self::Load(error),
+            HostError::WarmUp(why) => Self::WarmUp(why),
+            HostError::BrokeDown(why) => Self::BrokeDown(why),
+            HostError::EngineLost => Self::EngineLost,
+        }
+    }
+}
+
 /// Tells how a worker is. Clones tell the same.
 #[derive(Clone, Debug)]
 pub struct Condition {
@@ -111,11 +127,7 @@ impl Condition {
     /// Returns whether the worker is worth keeping, or why not. Depends on nothing outside of the
     /// process.
     pub fn live(&self) -> Result<(), String> {
-        if self.core.models().iter().all(|model| computes(model)) {
-            Ok(())
-        } else {
-            Err("the compute thread ended".to_owned())
-        }
+        if self.core.is_lost() { Err("all models failed".to_owned()) } else { Ok(()) }
     }
 }
 
@@ -130,8 +142,14 @@ impl Worker {
         metrics: Metrics,
     ) -> Result<Self, BuildError> {
         let core = Core::new(config, metrics)?;
-        let mut models = Vec::with_capacity(core.config.models.len());
-        for spec in &core.config.models {
+        let specs = &core.config.models;
+        if core.config.engine.layers.is_some() && specs.len() != 1 {
+            return Err(BuildError::Stage { models: specs.len() });
+        }
+        let asked: Vec<_> = specs.iter().map(|spec| spec.kv_bytes).collect();
+        let shares = core.kv.share_out(&asked, core.config.model_dir.is_some())?;
+        let mut models = Vec::with_capacity(specs.len());
+        for (spec, share) in specs.iter().zip(shares) {
             let file = load::open(&spec.source)?;
             let facts = Facts::new(&file, spec, &core.config);
             let (start, end, layers) = (facts.layers.start, facts.layers.end, file.config.layers);
@@ -139,7 +157,7 @@ impl Worker {
                 return Err(ModelError::Layers { start, end, layers }.into());
             }
             let name = facts.name.clone();
-            let hosted = core.host(facts).ok_or(BuildError::SameName { name })?;
+            let hosted = core.host(facts, share).ok_or(BuildError::SameName { name })?;
             models.push((hosted, file));
         }
         Ok(Self { core: Arc::new(core), registry, models })
@@ -148,6 +166,15 @@ impl Worker {
     /// Returns what tells how the worker is.
     pub fn condition(&self) -> Condition {
         Condition { core: Arc::clone(&self.core) }
+    }
+
+    /// Returns the `Worker` service, for a server that stands in front of this worker alone.
+    pub fn administration(&self) -> Routes {
+        Routes::new(WorkerServer::new(self.administration_service()))
+    }
+
+    fn administration_service(&self) -> AdministrationService {
+        AdministrationService::new(Arc::clone(&self.core), Arc::clone(&self.registry))
     }
 
     /// Serves the connections of `incoming` until `shutdown` resolves, then drains:
@@ -171,13 +198,14 @@ impl Worker {
         C::ConnectInfo: Clone + Send + Sync + 'static,
         E: Into<Box<dyn StdError + Send + Sync>> + Send,
     {
+        let administration = self.administration_service();
         let Self { core, registry, models } = self;
         let (done, closing) = (CancellationToken::new(), CancellationToken::new());
-        // With a dropped future, streams and links end as well.
-        let _guards = (done.clone().drop_guard(), core.evicted.clone().drop_guard());
+        // With a dropped future, streams, links and models end as well.
+        let _guards = [&done, &core.evicted, &core.closing].map(|token| token.clone().drop_guard());
 
         let (reporter, health) = tonic_health::server::health_reporter();
-        report(&reporter, &core, false).await;
+        report(&reporter, &core, Vec::new()).await;
         let server = Server::builder()
             .http2_keepalive_interval(Some(core.config.keepalive_interval))
             .http2_keepalive_timeout(Some(core.config.keepalive_timeout))
@@ -187,7 +215,7 @@ impl Worker {
             .add_service(reflection().build_v1().map_err(ServeError::Reflection)?)
             .add_service(reflection().build_v1alpha().map_err(ServeError::Reflection)?)
             .add_service(InferenceServer::new(InferenceService::new(Arc::clone(&core))))
-            .add_service(WorkerServer::new(DescribeService::new(Arc::clone(&core))))
+            .add_service(WorkerServer::new(administration))
             .add_service(PipelineService::server(Arc::clone(&core)))
             .serve_with_incoming_shutdown(incoming, closing.clone().cancelled_owned());
         let mut server = pin!(server);
@@ -199,16 +227,23 @@ impl Worker {
                 membership::take_part(Arc::clone(&core), Arc::clone(&registry), done.clone());
             async move { Ok(part.await?) }
         });
+        let (failures, mut failed) = mpsc::channel(1);
         for (model, file) in models {
-            background.spawn(until(done.clone(), compute(model, file, Arc::clone(&registry))));
+            core.tasks.spawn(hosting::host_from_the_start(
+                Arc::clone(&core),
+                model,
+                file,
+                Arc::clone(&registry),
+                failures.clone(),
+            ));
         }
-        background.spawn(until(done.clone(), look_after(Arc::clone(&core))));
 
         let (ended, accepting) = tokio::select! {
             served = &mut server => (served.map_err(ServeError::Transport), false),
             () = shutdown => (Ok(()), true),
             // None of them ends by itself.
             Some(ended) = background.join_next() => (flatten(ended), true),
+            Some(error) = failed.recv() => (Err(error.into()), true),
         };
 
         core.drain();
@@ -226,6 +261,7 @@ impl Worker {
             }
         }
         core.evicted.cancel();
+        core.closing.cancel();
         done.cancel();
         let tasks = core.tasks.clone();
         let farewell = async {
@@ -257,106 +293,8 @@ async fn drain(core: &Core, closing: &CancellationToken) {
     time::sleep(FLUSH).await;
 }
 
-/// Runs a task until it fails or `done`.
-async fn until(
-    done: CancellationToken,
-    task: impl Future<Output = Result<Infallible, ServeError>>,
-) -> Result<(), ServeError> {
-    match done.run_until_cancelled(task).await {
-        Some(Err(error)) => Err(error),
-        None => Ok(()),
-    }
-}
-
 fn flatten(ended: Result<Result<(), ServeError>, task::JoinError>) -> Result<(), ServeError> {
     ended.unwrap_or_else(|error| Err(ServeError::BrokeDown(error.to_string())))
-}
-
-/// Loads a model, warms it up, and lets requests in.
-async fn compute(
-    model: Arc<Hosted>,
-    file: ModelFile,
-    registry: Arc<dyn Registry>,
-) -> Result<Infallible, ServeError> {
-    let loading = Arc::clone(&model);
-    let loaded = task::spawn_blocking(move || load::load(&file, &loading));
-    let loaded = loaded.await.map_err(|error| ServeError::BrokeDown(error.to_string()))??;
-    let loaded = Arc::new(loaded);
-    model.install(Arc::clone(&loaded));
-    let identity: Arc<str> = match &loaded.role {
-        Role::Engine(engine) if engine.is_whole() => {
-            warm_up(engine).await.map_err(ServeError::WarmUp)?;
-            model_file::identity(&model.facts.header_digest, &loaded.parts).into()
-        }
-        Role::Engine(engine) => {
-            let engine = Arc::clone(engine);
-            return Ok(head::lead(model, engine, &loaded, registry.watch()).await);
-        }
-        Role::Stage(stage) => {
-            stage.warm_up().await.map_err(ServeError::WarmUp)?;
-            "".into()
-        }
-    };
-    tracing::info!(
-        model = model.facts.name,
-        layers = model.facts.layers_label(),
-        %identity,
-        "the model is warm"
-    );
-    model.enter(Phase::Ready(identity));
-    std::future::pending().await
-}
-
-/// Generates two tokens: the weights are in memory then, and all parts have worked once.
-pub(crate) async fn warm_up(engine: &Engine) -> Result<(), String> {
-    let (sink, mailbox) = mailbox();
-    let request = SequenceRequest {
-        prompt: vec![0],
-        resumed: Vec::new(),
-        sampling: SamplingParams::greedy(),
-        output: Output::Generate { max_tokens: 2, stop_ids: Vec::new() },
-        traceparent: String::new(),
-    };
-    let _handle = engine.submit(request, sink).map_err(|error| error.to_string())?;
-    loop {
-        match mailbox.receive().await.end {
-            None => {}
-            Some(End::Finished) => return Ok(()),
-            Some(End::Failed(failure)) => return Err(failure.to_string()),
-            Some(End::Scores(_) | End::Dropped) => return Err("the engine broke down".to_owned()),
-        }
-    }
-}
-
-/// Measures the load, and notices when the compute thread is gone.
-async fn look_after(core: Arc<Core>) -> Result<Infallible, ServeError> {
-    let mut heartbeat = time::interval(HEARTBEAT);
-    heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        heartbeat.tick().await;
-        for model in core.models() {
-            let Some(loaded) = model.loaded() else { continue };
-            if !computes(&model) {
-                return Err(ServeError::EngineLost);
-            }
-            // A later stage counts by itself, step by step.
-            if let Role::Engine(engine) = &loaded.role {
-                let load = engine.load_now();
-                core.metrics.set_sequences(SequenceState::Running, load.running);
-                core.metrics.set_sequences(SequenceState::Waiting, load.waiting);
-                core.metrics.set_kv_pages(PageState::Used, load.pages_used);
-                core.metrics.set_kv_pages(PageState::Free, load.pages - load.pages_used);
-            }
-        }
-    }
-}
-
-/// Returns whether the compute thread runs, or is still to be started.
-fn computes(model: &Hosted) -> bool {
-    model.loaded().is_none_or(|loaded| match &loaded.role {
-        Role::Engine(engine) => engine.is_alive(),
-        Role::Stage(stage) => stage.is_alive(),
-    })
 }
 
 /// Tells health as the models change.
@@ -366,9 +304,10 @@ async fn report_health(
     done: CancellationToken,
 ) -> Result<(), ServeError> {
     let mut changes = core.changes();
+    let mut told = Vec::new();
     loop {
         changes.mark_unchanged();
-        report(&reporter, &core, core.ready().is_ok()).await;
+        told = report(&reporter, &core, told).await;
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { return Ok(()) },
             () = done.cancelled() => return Ok(()),
@@ -376,16 +315,33 @@ async fn report_health(
     }
 }
 
-/// Tells the health of the server and its services.
-async fn report(reporter: &HealthReporter, core: &Core, ready: bool) {
+/// Tells the health of the server, its services and its models; returns the names of the models,
+/// and forgets those of `before` that are gone.
+async fn report(reporter: &HealthReporter, core: &Core, before: Vec<String>) -> Vec<String> {
+    let models = core.models();
+    let names: Vec<String> = models
+        .iter()
+        .map(|model| tercet_proto::convention::health_name(&model.facts.name))
+        .collect();
+    for (name, model) in names.iter().zip(&models) {
+        let ready = matches!(model.phase(), Phase::Ready(_));
+        reporter.set_service_status(name, status(ready)).await;
+    }
+    for gone in before.iter().filter(|name| !names.contains(name)) {
+        reporter.clone().clear_service_status(gone).await;
+    }
     let stage = core.config.engine.layers.as_ref().is_some_and(|layers| layers.start > 0);
     let served = if stage { "tercet.v1.Pipeline" } else { "tercet.v1.Inference" };
-    let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
     for name in ["", served] {
-        reporter.set_service_status(name, status).await;
+        reporter.set_service_status(name, status(core.ready().is_ok())).await;
     }
     // Answers whatever the phase.
     reporter.set_service_status("tercet.v1.Worker", ServingStatus::Serving).await;
+    names
+}
+
+fn status(ready: bool) -> ServingStatus {
+    if ready { ServingStatus::Serving } else { ServingStatus::NotServing }
 }
 
 fn reflection() -> tonic_reflection::server::Builder<'static> {

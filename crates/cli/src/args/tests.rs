@@ -5,13 +5,15 @@ use clap::{Arg, CommandFactory as _, error::ErrorKind};
 use super::*;
 
 /// Arguments of one call rather than settings of an installation.
-const ONE_SHOT: [&str; 23] = [
+const ONE_SHOT: [&str; 25] = [
     "batch",
     "force",
     "generate",
+    "grace",
     "head",
     "ignore_eos",
     "json",
+    "kv",
     "max_tokens",
     "name",
     "no_history",

@@ -1,6 +1,6 @@
 //! Values people write: layer ranges, sizes, times.
 
-use std::{ops::Range, time::Duration};
+use std::{ops::Range, path::PathBuf, time::Duration};
 
 /// A half-open range of layers.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -9,6 +9,33 @@ pub(crate) struct Layers(pub(crate) Range<usize>);
 /// A number of bytes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct ByteSize(pub(crate) usize);
+
+/// A model to serve, as in `[NAME=]PATH[,kv=SIZE]`.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) struct ServedModel {
+    pub(crate) path: PathBuf,
+    /// Its name in requests.
+    pub(crate) name: Option<String>,
+    /// Its part of the KV memory.
+    pub(crate) kv_memory: Option<ByteSize>,
+}
+
+/// Reads `[NAME=]PATH[,kv=SIZE]`. What stands before the first `=` is a name unless it holds a `/`.
+pub(super) fn served_model(text: &str) -> Result<ServedModel, String> {
+    let expected = "expected [NAME=]PATH[,kv=SIZE], such as chat=models/chat.gguf,kv=2GiB";
+    let (text, kv_memory) = match text.rsplit_once(",kv=") {
+        Some((text, size)) => (text, Some(byte_size(size)?)),
+        None => (text, None),
+    };
+    let (name, path) = match text.split_once('=') {
+        Some((name, path)) if !name.contains('/') => (Some(name), path),
+        _ => (None, text),
+    };
+    if path.is_empty() || name.is_some_and(str::is_empty) {
+        return Err(expected.to_owned());
+    }
+    Ok(ServedModel { path: path.into(), name: name.map(str::to_owned), kv_memory })
+}
 
 /// Reads `A..B`.
 pub(super) fn layers(text: &str) -> Result<Layers, String> {
@@ -81,6 +108,23 @@ mod tests {
             ["", "3", "..", "0..", "..4", "4..4", "5..2", "0..=3", "-1..3", "a..b", "0...3"]
         {
             assert!(layers(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn served_models() {
+        let model = |path: &str, name: Option<&str>, kv: Option<usize>| {
+            let (name, kv_memory) = (name.map(str::to_owned), kv.map(ByteSize));
+            Ok(ServedModel { path: path.into(), name, kv_memory })
+        };
+        assert_eq!(served_model("a.gguf"), model("a.gguf", None, None));
+        assert_eq!(served_model("a=b.gguf"), model("b.gguf", Some("a"), None));
+        assert_eq!(served_model("./a=b.gguf"), model("./a=b.gguf", None, None));
+        assert_eq!(served_model("x=./a=b.gguf"), model("./a=b.gguf", Some("x"), None));
+        let expected = model("/m/b,c.gguf", Some("a"), Some(2 << 30));
+        assert_eq!(served_model("a=/m/b,c.gguf,kv=2GiB"), expected);
+        for wrong in ["", "=a.gguf", "a=", "a.gguf,kv=", "a.gguf,kv=much"] {
+            assert!(served_model(wrong).is_err(), "{wrong}");
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context as _, Result, anyhow};
 use tercet_proto::v1::inference_client::InferenceClient;
 use tonic::transport::{Channel, Endpoint};
 
@@ -68,6 +68,14 @@ impl Servers {
     pub(super) fn len(&self) -> usize {
         self.servers.len()
     }
+}
+
+/// Connects to one server.
+pub(crate) async fn connect(address: &str) -> Result<Channel> {
+    let connected = endpoint(address)?.connect().await;
+    connected.with_context(|| {
+        format!("no server answers at {address}: start one with `tercet serve` or `tercet worker`")
+    })
 }
 
 /// Says that there is no server, and what to do.

@@ -14,12 +14,18 @@ use rayon::prelude::*;
 use tercet_kernels::{DenseMatrix, Kernels, NUMERICS, TernaryMatrix};
 use tercet_text::{TokenType, TokenizerSource, Vocabulary};
 
+use super::error::ModelError;
 use super::tokenizer::derive;
 use super::weights::{HeadWeights, LayerWeights, StageWeights};
 use super::{GenerationDefaults, ModelConfig, ModelFile};
 
 /// Rows of a dense matrix hashed together, so that threads can share one matrix.
 const DENSE_CHUNK: usize = 4096;
+
+/// Layers, or chunks of a dense matrix, hashed at once by all threads.
+const BATCH: usize = 4;
+/// Bytes of a page of memory, or fewer.
+const PAGE: usize = 4096;
 
 /// A digest.
 type Digest = [u8; 32];
@@ -158,24 +164,64 @@ fn hash_tokenizer(fields: &mut Fields, tokenizer: &TokenizerSource) {
     }
 }
 
+/// Does a piece of hashing that reads so many bytes, now, and says whether the rest is wanted.
+pub(crate) type HashPiece<'a> =
+    &'a mut dyn FnMut(u64, &mut (dyn FnMut() + Send)) -> Result<(), ModelError>;
+
 impl StageWeights {
     /// Returns the digests of the parts held: `embed`, `layer.N`, `head`.
     ///
     /// They are equal for every file layout of the same values. The work is spread over the
     /// current rayon pool and reads every weight once.
     pub fn part_digests(&self) -> Vec<(String, [u8; 32])> {
-        let embed_matrix = self.embed.as_deref().map(dense);
+        self.part_digests_by(&mut |_, piece| {
+            piece();
+            Ok(())
+        })
+        .expect("the pieces above never fail")
+    }
+
+    /// As [`Self::part_digests`], in pieces that `run` does.
+    pub(crate) fn part_digests_by(
+        &self,
+        run: HashPiece<'_>,
+    ) -> Result<Vec<(String, [u8; 32])>, ModelError> {
+        let embed_matrix = self.embed.as_deref().map(|embed| dense(embed, run)).transpose()?;
         let mut parts = Vec::with_capacity(self.layers.len() + 2);
         parts.extend(embed_matrix.map(|digest| ("embed".to_owned(), digest)));
-        let layers: Vec<Digest> = self.layers.par_iter().map(layer).collect();
+        let mut layers: Vec<Digest> = Vec::with_capacity(self.layers.len());
+        for batch in self.layers.chunks(BATCH) {
+            let bytes = batch.iter().map(layer_bytes).sum();
+            run(bytes, &mut || layers.par_extend(batch.par_iter().map(layer)))?;
+        }
         parts.extend(self.range.clone().map(|n| format!("layer.{n}")).zip(layers));
         if let Some(HeadWeights { norm, matrix }) = &self.head {
-            let shared = self.embed.as_ref().filter(|embed| Arc::ptr_eq(embed, matrix));
-            let matrix = shared.and(embed_matrix).unwrap_or_else(|| dense(matrix));
+            let matrix = match embed_matrix.filter(|_| self.head_is_embed()) {
+                Some(digest) => digest,
+                None => dense(matrix, run)?,
+            };
             parts.push(("head".to_owned(), part([vector(norm), matrix])));
         }
-        parts
+        Ok(parts)
     }
+
+    /// Returns how many bytes [`Self::part_digests_by`] reads.
+    pub(crate) fn hashed_bytes(&self) -> u64 {
+        let layers: u64 = self.layers.iter().map(layer_bytes).sum();
+        let head = self.head.as_ref().filter(|_| !self.head_is_embed()).map(|head| &head.matrix);
+        let dense = self.embed.iter().chain(head);
+        layers + dense.map(|matrix| matrix.bytes().len() as u64).sum::<u64>()
+    }
+
+    fn head_is_embed(&self) -> bool {
+        let (Some(embed), Some(head)) = (&self.embed, &self.head) else { return false };
+        Arc::ptr_eq(embed, &head.matrix)
+    }
+}
+
+fn layer_bytes(layer: &LayerWeights) -> u64 {
+    let LayerWeights { q, k, v, o, gate, up, down, .. } = layer;
+    [q, k, v, o, gate, up, down].map(|matrix| matrix.packed().len() as u64).iter().sum()
 }
 
 /// Returns the identity of a model from its header digest and the digests of all its parts, in
@@ -261,31 +307,37 @@ fn ternary(matrix: &TernaryMatrix) -> Digest {
     fields.finish()
 }
 
-fn dense(matrix: &DenseMatrix) -> Digest {
+fn dense(matrix: &DenseMatrix, run: HashPiece<'_>) -> Result<Digest, ModelError> {
     let (rows, cols) = (matrix.rows(), matrix.cols());
     let kernels = Kernels::detect();
-    let chunks: Vec<usize> = (0..rows).step_by(DENSE_CHUNK).collect();
-    let digests: Vec<Digest> = chunks
-        .into_par_iter()
-        .map(|start| {
-            let mut hasher = Hasher::new();
-            let mut values = vec![0.0_f32; cols];
-            let mut bytes = vec![0_u8; cols * 4];
-            for row in start..rows.min(start + DENSE_CHUNK) {
-                kernels.dense_row(matrix, row, &mut values);
-                for (bytes, value) in bytes.chunks_exact_mut(4).zip(&values) {
-                    bytes.copy_from_slice(&value.to_le_bytes());
-                }
-                hasher.update(&bytes);
+    let chunk = |start: &usize| -> Digest {
+        let mut hasher = Hasher::new();
+        let mut values = vec![0.0_f32; cols];
+        let mut bytes = vec![0_u8; cols * 4];
+        for row in *start..rows.min(start + DENSE_CHUNK) {
+            kernels.dense_row(matrix, row, &mut values);
+            for (bytes, value) in bytes.chunks_exact_mut(4).zip(&values) {
+                bytes.copy_from_slice(&value.to_le_bytes());
             }
-            hasher.finalize().into()
-        })
-        .collect();
+            hasher.update(&bytes);
+        }
+        hasher.finalize().into()
+    };
+    let starts: Vec<usize> = (0..rows).step_by(DENSE_CHUNK).collect();
+    let mut digests: Vec<Digest> = Vec::with_capacity(starts.len());
+    for batch in starts.chunks(BATCH) {
+        let row_bytes = matrix.bytes().len() / rows;
+        let end = rows.min(batch[0] + batch.len() * DENSE_CHUNK);
+        let held = &matrix.bytes()[batch[0] * row_bytes..end * row_bytes];
+        // Waits for the disk here, where nobody else waits for a turn.
+        std::hint::black_box(held.iter().step_by(PAGE).fold(0, |all, byte| all ^ byte));
+        run(held.len() as u64, &mut || digests.par_extend(batch.par_iter().map(chunk)))?;
+    }
     let mut fields = Fields::new("dense");
     fields.size(rows);
     fields.size(cols);
     for digest in digests {
         fields.bytes(&digest);
     }
-    fields.finish()
+    Ok(fields.finish())
 }

@@ -100,6 +100,9 @@ pub enum ModelError {
         /// Layers the model has.
         layers: usize,
     },
+    /// Whoever asked for a model to be loaded does not want it any more.
+    #[error("loading was interrupted")]
+    Interrupted,
     /// The output file exists and overwriting was not asked for.
     #[error("{path} exists; choose another path or ask for it to be overwritten")]
     Exists {

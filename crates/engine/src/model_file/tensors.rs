@@ -302,6 +302,11 @@ impl LayerTensors {
         &self.0[part as usize]
     }
 
+    /// Returns the bytes in the file.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.0.iter().map(|tensor| tensor.range.len() as u64).sum()
+    }
+
     /// Reads the layer.
     pub(crate) fn load(&self) -> Result<LayerWeights, ModelError> {
         let vector = |part| self.get(part).read_vector();

@@ -69,6 +69,7 @@ pub(super) fn model(name: &str, identity: &str) -> ModelRecord {
         context_length: 512,
         vocab_size: 32_000,
         state: ModelState::Ready,
+        generation: 0,
     }
 }
 

@@ -68,16 +68,19 @@ async fn a_failed_and_a_dropped_request_say_why() {
 #[test]
 fn gauges_and_counters_have_their_names() {
     let metrics = Metrics::new();
-    metrics.set_sequences(SequenceState::Waiting, 3);
-    metrics.set_kv_pages(PageState::Cached, 5);
+    metrics.set_sequences("demo", SequenceState::Waiting, 3);
+    metrics.set_kv_pages("demo", PageState::Cached, 5);
+    metrics.set_model_state("demo", "ready");
     metrics.set_workers("demo", 2);
     metrics.worker_outstanding("w-1").set(4);
     metrics.stream_moved(MoveCause::Draining);
     metrics.reject(Component::Gateway, "OVERLOADED");
     metrics.step(Duration::from_millis(3), 12);
     for (series, expected) in [
-        ("tercet_sequences{state=\"waiting\"}", 3.0),
-        ("tercet_kv_pages{state=\"cached\"}", 5.0),
+        ("tercet_sequences{gen_ai_request_model=\"demo\",state=\"waiting\"}", 3.0),
+        ("tercet_kv_pages{gen_ai_request_model=\"demo\",state=\"cached\"}", 5.0),
+        ("tercet_model_state{gen_ai_request_model=\"demo\",state=\"ready\"}", 1.0),
+        ("tercet_model_state{gen_ai_request_model=\"demo\",state=\"failed\"}", 0.0),
         ("tercet_workers{gen_ai_request_model=\"demo\"}", 2.0),
         ("tercet_worker_outstanding{worker=\"w-1\"}", 4.0),
         ("tercet_stream_moves_total{cause=\"draining\"}", 1.0),
@@ -87,6 +90,10 @@ fn gauges_and_counters_have_their_names() {
         ("tercet_step_rows_total", 12.0),
     ] {
         assert_eq!(value(&metrics, series), Some(expected), "{series} in {}", metrics.encode());
+    }
+    metrics.forget_model("demo");
+    for gone in ["tercet_sequences{", "tercet_kv_pages{", "tercet_model_state{"] {
+        assert!(!metrics.encode().contains(gone), "{gone} after the model");
     }
     metrics.forget_worker("w-1");
     assert_eq!(value(&metrics, "tercet_worker_outstanding{worker=\"w-1\"}"), None);

@@ -3,13 +3,13 @@
 use std::{
     fmt::Write as _,
     ops::Range,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
     time::Duration,
 };
 
 use tercet_cluster::{LayerRange, ModelRecord, ModelState};
 use tercet_engine::{
-    ComputePool, Engine, ModelConfig,
+    ComputePool, Engine, EngineOptions, ModelConfig,
     model_file::{GenerationDefaults, ModelFile},
 };
 use tercet_proto::{Reason, v1};
@@ -19,7 +19,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use super::{Active, ActiveGuard, Core, wire};
+use super::{Active, ActiveGuard, Core, budget::KvShare, wire};
 use crate::{Config, ModelSpec, pipeline::Stage};
 
 /// When callers of a model that loads, or has no room, should come back.
@@ -35,7 +35,24 @@ pub(crate) enum Phase {
     Ready(Arc<str>),
     /// Finishes what it has and takes nothing new. For good.
     Draining,
+    /// Cannot be computed any more, and why. Only a drain follows.
+    Failed(Arc<str>),
 }
+
+impl Phase {
+    /// Returns the state as metrics call it.
+    pub(crate) fn state(&self) -> &'static str {
+        match self {
+            Self::Loading(_) => "loading",
+            Self::Ready(_) => "ready",
+            Self::Draining => "draining",
+            Self::Failed(_) => "failed",
+        }
+    }
+}
+
+/// How far the loading of a model is.
+pub(crate) type Progress = v1::LoadProgress;
 
 /// What is known of a model before it is loaded.
 #[derive(Debug)]
@@ -86,10 +103,21 @@ pub(crate) struct Hosted {
     loaded: RwLock<Option<Arc<Loaded>>>,
     /// One permit for each request that the engine may hold.
     room: Arc<Semaphore>,
+    /// Greater for each later model of the worker.
+    generation: u64,
+    /// Its part of the worker's KV memory, for as long as it may use it.
+    share: Mutex<Option<KvShare>>,
+    /// How far the loading is.
+    pub(crate) progress: watch::Sender<Progress>,
     /// Streams, scorings and pipeline links in progress.
     pub(crate) active: Active,
     /// Cancelled when a drain has lasted too long: whatever is active must end.
     pub(crate) evicted: CancellationToken,
+    /// Cancelled when the model is to leave memory. Nothing is active any more, or has been told
+    /// to end.
+    pub(crate) closing: CancellationToken,
+    /// Cancelled when the model has left memory.
+    pub(crate) gone: CancellationToken,
 }
 
 impl Facts {
@@ -126,7 +154,7 @@ impl Facts {
 }
 
 impl Hosted {
-    pub(super) fn new(core: &Core, facts: Facts) -> Self {
+    pub(super) fn new(core: &Core, facts: Facts, share: KvShare, generation: u64) -> Self {
         let engine = &core.config.engine;
         let room = engine.max_sequences.saturating_add(engine.max_waiting);
         Self {
@@ -138,8 +166,13 @@ impl Hosted {
             phase: watch::Sender::new(Phase::Loading("the weights are being read")),
             changes: core.changes.clone(),
             loaded: RwLock::default(),
+            generation,
+            share: Mutex::new(Some(share)),
+            progress: watch::Sender::default(),
             active: Active::default(),
             evicted: core.evicted.child_token(),
+            closing: core.closing.child_token(),
+            gone: CancellationToken::new(),
         }
     }
 
@@ -148,18 +181,63 @@ impl Hosted {
         self.phase.borrow().clone()
     }
 
-    /// Enters a phase, unless the model drains.
-    pub(crate) fn enter(&self, phase: Phase) {
+    /// Returns a receiver that changes with the phase.
+    pub(crate) fn phases(&self) -> watch::Receiver<Phase> {
+        self.phase.subscribe()
+    }
+
+    /// Enters a phase, unless the model drains, or failed and does not drain now. Returns whether
+    /// it did.
+    pub(crate) fn enter(&self, phase: Phase) -> bool {
         let entered = self.phase.send_if_modified(|present| {
-            let enters = *present != Phase::Draining && *present != phase;
+            let enters = match (&*present, &phase) {
+                (Phase::Draining, _) => false,
+                (Phase::Failed(_), next) => *next == Phase::Draining,
+                (present, next) => present != next,
+            };
             if enters {
                 *present = phase;
             }
             enters
         });
         if entered {
+            self.metrics.set_model_state(&self.facts.name, self.phase().state());
             self.changes.send_modify(|changes| *changes += 1);
         }
+        entered
+    }
+
+    /// Returns the options of the engine, with the KV memory that the model has.
+    pub(crate) fn options(&self) -> EngineOptions {
+        let layers = Some(self.facts.layers.clone());
+        EngineOptions { layers, kv_bytes: self.kv_bytes(), ..self.config.engine.clone() }
+    }
+
+    /// Returns the bytes of KV memory that the model may use.
+    pub(crate) fn kv_bytes(&self) -> usize {
+        self.share().as_ref().map_or(0, KvShare::bytes)
+    }
+
+    /// Returns KV memory that the model has no use for.
+    pub(crate) fn keep_kv(&self, bytes: usize) {
+        if let Some(share) = self.share().as_mut() {
+            share.shrink(bytes);
+        }
+    }
+
+    fn share(&self) -> MutexGuard<'_, Option<KvShare>> {
+        self.share.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the model out of memory, except for what those who use it still hold. Blocking: joins
+    /// its threads.
+    pub(crate) fn discard(&self) {
+        let loaded = self.loaded.write().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(Role::Engine(engine)) = loaded.as_ref().map(|loaded| &loaded.role) {
+            engine.stop();
+        }
+        drop(loaded);
+        *self.share() = None;
     }
 
     /// Hands the model over to the services.
@@ -196,8 +274,9 @@ impl Hosted {
         let refused = match (self.phase(), self.loaded()) {
             (Phase::Ready(_), Some(loaded)) => return Ok(loaded),
             (Phase::Draining, _) => self.draining(),
-            (Phase::Loading(why), _) => loading(why),
-            (Phase::Ready(_), None) => loading("the weights are being read"),
+            (Phase::Loading(why), _) => self.loading(why),
+            (Phase::Failed(why), _) => self.failed(&why),
+            (Phase::Ready(_), None) => self.failed("it is not in memory any more"),
         };
         self.reject(&refused);
         Err(refused)
@@ -205,14 +284,29 @@ impl Hosted {
 
     /// Returns the status of everything that a drain refuses or ends.
     pub(crate) fn draining(&self) -> Status {
-        Reason::Draining.status(format!("worker {} is about to stop", self.config.id))
+        let (name, id) = (&self.facts.name, &self.config.id);
+        Reason::Draining.status(format!("model {name:?} is about to leave worker {id}"))
+    }
+
+    fn loading(&self, why: &str) -> Status {
+        let name = &self.facts.name;
+        let message = format!("model {name:?} is not ready: {why}");
+        Reason::Loading.status_retry_after(message, RETRY_AFTER)
+    }
+
+    /// Returns the status of what a model that failed refuses.
+    pub(crate) fn failed(&self, why: &str) -> Status {
+        Reason::WorkerFailed.status(format!("model {:?} failed: {why}", self.facts.name))
     }
 
     /// Takes one of the places for requests.
     pub(crate) fn admit(&self) -> Result<OwnedSemaphorePermit, Status> {
         Arc::clone(&self.room).try_acquire_owned().map_err(|_| {
             let most = self.config.engine.max_sequences + self.config.engine.max_waiting;
-            self.overloaded(format!("{most} requests are in progress, as many as fit"))
+            self.overloaded(format!(
+                "{most} requests for model {:?} are in progress, as many as fit",
+                self.facts.name
+            ))
         })
     }
 
@@ -241,6 +335,7 @@ impl Hosted {
             Phase::Loading(_) => (ModelState::Loading, ""),
             Phase::Ready(identity) => (ModelState::Ready, &**identity),
             Phase::Draining => (ModelState::Draining, ""),
+            Phase::Failed(_) => (ModelState::Failed, ""),
         };
         let facts = &self.facts;
         let mut header_digest = String::with_capacity(2 * facts.header_digest.len());
@@ -256,10 +351,7 @@ impl Hosted {
             context_length: wire(facts.context),
             vocab_size: wire(facts.config.vocab),
             state,
+            generation: self.generation,
         }
     }
-}
-
-fn loading(why: &str) -> Status {
-    Reason::Loading.status_retry_after(format!("not ready: {why}"), RETRY_AFTER)
 }

@@ -19,7 +19,7 @@ use super::{link::Link, wire};
 use crate::{
     config::epoch_now,
     core::{Hosted, Loaded, Phase, wire as number},
-    worker::warm_up,
+    hosting::warm_up,
 };
 
 /// First pause after no chain could be connected; doubles up to the longest.

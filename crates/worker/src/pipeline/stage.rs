@@ -17,7 +17,7 @@ use tonic::Status;
 use tracing::Span;
 
 use super::{QUEUE, link::WireDownstream, wire};
-use crate::{core::Facts, describe, span};
+use crate::{administration, core::Facts, span};
 
 /// Answers on their way to the stage before.
 pub(crate) type Answers = mpsc::Sender<Result<ConnectResponse, Status>>;
@@ -93,7 +93,7 @@ impl Stage {
         thread::Builder::new()
             .name("tercet-stage".to_owned())
             .spawn(move || computer.run(inbox))?;
-        Ok(Self { commands, seat: Mutex::default(), parts: describe::parts(parts), kv_pages })
+        Ok(Self { commands, seat: Mutex::default(), parts: administration::parts(parts), kv_pages })
     }
 
     /// Computes a first step.
@@ -198,10 +198,10 @@ impl Computer {
                     }
                 }
             }
-            self.metrics.set_sequences(SequenceState::Running, self.spans.len());
+            self.metrics.set_sequences(&self.model, SequenceState::Running, self.spans.len());
             let (used, all) = (self.follower.kv_pages_in_use(), self.follower.kv_pages());
-            self.metrics.set_kv_pages(PageState::Used, used);
-            self.metrics.set_kv_pages(PageState::Free, all - used);
+            self.metrics.set_kv_pages(&self.model, PageState::Used, used);
+            self.metrics.set_kv_pages(&self.model, PageState::Free, all - used);
         }
     }
 

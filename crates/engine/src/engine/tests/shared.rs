@@ -3,7 +3,10 @@
 use super::*;
 
 fn engine(pool: &ComputePool, observer: Option<LogitsObserver>) -> Engine {
-    Engine::load_on(&demo::model().unwrap(), &options(), pool, observer).unwrap()
+    Engine::load_on(&demo::model().unwrap(), &options(), pool, observer, &mut |_| {
+        ControlFlow::Continue(())
+    })
+    .unwrap()
 }
 
 #[test]

@@ -16,7 +16,7 @@ fn core() -> (Core, Arc<Hosted>) {
     model.config.layers = 4;
     let facts = Facts::new(&model, &ModelSpec::default(), &config);
     let core = Core::new(config, Metrics::new()).unwrap();
-    let model = core.host(facts).unwrap();
+    let model = core.host(facts, core.kv.take(None).unwrap()).unwrap();
     model.enter(Phase::Ready("".into()));
     (core, model)
 }

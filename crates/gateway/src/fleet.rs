@@ -46,6 +46,8 @@ pub(crate) struct Routes {
 struct Model {
     /// Workers by identity; the one that is routed to first. Empty while no worker is ready.
     groups: Vec<Group>,
+    /// Incarnations of the workers that hold it, ready or not.
+    holders: Vec<(WorkerId, u64)>,
     /// Since when no worker holds it.
     gone: Option<Instant>,
 }
@@ -60,6 +62,8 @@ struct Group {
 #[derive(Clone, Debug)]
 struct Member {
     link: Arc<Link>,
+    /// Of the model at the worker.
+    generation: u64,
     max_sequences: usize,
 }
 
@@ -131,12 +135,14 @@ impl Fleet {
             let Some(link) = self.link(&before, record) else { continue };
             links.insert(record.id.clone(), Arc::clone(&link));
             for held in record.models.iter().filter(|held| held.layers.start == 0) {
-                models.entry(held.name.clone()).or_default();
+                let model = models.entry(held.name.clone()).or_default();
+                model.holders.push((record.id.clone(), record.epoch));
             }
             let max_sequences = usize::try_from(record.max_sequences).unwrap_or(usize::MAX);
             for held in record.served_models() {
                 let Some(model) = models.get_mut(&held.name) else { continue };
-                let member = Member { link: Arc::clone(&link), max_sequences };
+                let generation = held.generation;
+                let member = Member { link: Arc::clone(&link), generation, max_sequences };
                 match model.groups.iter_mut().find(|group| group.info.identity == held.identity) {
                     Some(group) => group.members.push(member),
                     None => model.groups.push(Group {
@@ -169,8 +175,15 @@ impl Fleet {
         }
         for (name, model) in &before.models {
             let gone = model.gone.unwrap_or(now);
-            if !models.contains_key(name) && now - gone < REMEMBERED {
-                models.insert(name.clone(), Model { groups: Vec::new(), gone: Some(gone) });
+            let is_here = |(id, epoch): &(WorkerId, u64)| {
+                view.workers.get(id).is_some_and(|worker| worker.epoch == *epoch)
+            };
+            // Workers that are still here have unloaded it: nobody waits for them to be back.
+            let unloaded = model.holders.iter().all(is_here);
+            if !models.contains_key(name) && !unloaded && now - gone < REMEMBERED {
+                let holders = model.holders.clone();
+                models
+                    .insert(name.clone(), Model { groups: Vec::new(), holders, gone: Some(gone) });
             }
         }
         self.publish(&before, Routes { links, models });
@@ -262,10 +275,10 @@ impl Fleet {
         let mut usable = Vec::with_capacity(group.members.len());
         let mut candidates = Vec::with_capacity(group.members.len());
         for member in &group.members {
-            if member.link.is_draining() {
+            if member.link.is_draining(&want.model, member.generation) {
                 continue;
             }
-            match member.link.ejected_until(now) {
+            match member.link.ejected_until(&want.model, now) {
                 Some(until) => {
                     retry_at = Some(retry_at.map_or(until, |earliest| earliest.min(until)));
                 }
@@ -273,7 +286,7 @@ impl Fleet {
                     let (streams, tokens) = member.link.load();
                     let max_sequences = member.max_sequences;
                     candidates.push(Candidate { streams, tokens, max_sequences });
-                    usable.push(&member.link);
+                    usable.push(member);
                 }
             }
         }
@@ -282,12 +295,13 @@ impl Fleet {
         }
         let chosen = self.policy.choose(&candidates).min(usable.len() - 1);
         let identity = group.info.identity.clone();
-        Ok(Lease::new(Arc::clone(usable[chosen]), identity, want.tokens))
+        let Member { link, generation, .. } = usable[chosen];
+        Ok(Lease::new(Arc::clone(link), *generation, identity, want))
     }
 
-    /// Leaves the worker of `lease` alone for a while, since it failed.
-    pub(crate) fn eject(&self, lease: &Lease) {
-        lease.link().eject(lease.since(), self.ejection, self.max_ejection);
+    /// Leaves the worker of `lease`, or only the model there, alone for a while, since it failed.
+    pub(crate) fn eject(&self, lease: &Lease, only_model: bool) {
+        lease.eject(only_model, self.ejection, self.max_ejection);
     }
 }
 

@@ -189,7 +189,7 @@ impl State {
         };
         if !attempt.alive {
             attempt.alive = true;
-            attempt.lease.link().set_alive();
+            attempt.lease.set_alive();
             self.seek_until = None;
             self.refusal = None;
         }
@@ -282,7 +282,7 @@ impl State {
         if self.is_expired() {
             return Err(deadline_exceeded());
         }
-        if !tercet_proto::is_movable(&status) {
+        if !is_movable(&status) {
             return Err(relayed(&status));
         }
 
@@ -371,21 +371,27 @@ pub(crate) fn blame(fleet: &Fleet, lease: &Lease, status: &Status) -> MoveCause 
     let cause = cause(status);
     match cause {
         // The registry will say so too, later.
-        MoveCause::Draining => lease.link().set_draining(),
+        MoveCause::Draining => lease.set_draining(),
         MoveCause::Overloaded | MoveCause::Loading => {
             let delay = tercet_proto::retry_after(status).unwrap_or(DEFAULT_BACK_OFF);
-            lease.link().back_off(Instant::now() + delay);
+            lease.back_off(Instant::now() + delay);
         }
-        MoveCause::Unreachable | MoveCause::Broken | MoveCause::Pipeline | MoveCause::Failed => {
-            fleet.eject(lease);
-        }
+        MoveCause::Unreachable | MoveCause::Broken => fleet.eject(lease, false),
+        // Its other models may be well.
+        MoveCause::Pipeline | MoveCause::Failed => fleet.eject(lease, true),
     }
     cause
 }
 
+/// Returns whether a request that a worker ended so may succeed at another.
+pub(crate) fn is_movable(status: &Status) -> bool {
+    // The registry said that the worker has the model: it has been unloaded since.
+    tercet_proto::is_movable(status) || Reason::of(status) == Some(Reason::ModelUnknown)
+}
+
 fn cause(status: &Status) -> MoveCause {
     match Reason::of(status) {
-        Some(Reason::Draining) => MoveCause::Draining,
+        Some(Reason::Draining | Reason::ModelUnknown) => MoveCause::Draining,
         Some(Reason::Loading) => MoveCause::Loading,
         Some(Reason::Overloaded) => MoveCause::Overloaded,
         Some(Reason::PipelineBroken) => MoveCause::Pipeline,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tercet_cluster::{Registry, View};
-use tercet_proto::v1::inference_server::InferenceServer;
+use tercet_proto::{convention, v1::inference_server::InferenceServer};
 use tercet_telemetry::Metrics;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
@@ -137,8 +137,8 @@ impl Gateway {
 
         shared.fleet.apply(&Arc::clone(&view.borrow()));
         let (reporter, health) = tonic_health::server::health_reporter();
-        let serving = shared.fleet.watch().borrow().is_serving();
-        report(&reporter, serving).await;
+        let routes = Arc::clone(&shared.fleet.watch().borrow());
+        report(&reporter, &routes, Vec::new()).await;
 
         let tasks = TaskTracker::new();
         let follower = Arc::clone(&shared);
@@ -205,22 +205,39 @@ async fn report_health(
     mut routes: watch::Receiver<Arc<fleet::Routes>>,
     draining: CancellationToken,
 ) {
+    let mut told = Vec::new();
     loop {
-        let serving = routes.borrow_and_update().is_serving();
-        report(&reporter, serving).await;
+        let latest = Arc::clone(&routes.borrow_and_update());
+        told = report(&reporter, &latest, told).await;
         match draining.run_until_cancelled(routes.changed()).await {
             Some(Ok(())) => {}
             Some(Err(_)) | None => break,
         }
     }
-    report(&reporter, false).await;
+    report(&reporter, &fleet::Routes::default(), told).await;
 }
 
-async fn report(reporter: &HealthReporter, serving: bool) {
-    let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+/// Tells the health of the server and of its models; returns the names of those, and tells that the
+/// others of `before` cannot be asked for.
+async fn report(
+    reporter: &HealthReporter,
+    routes: &fleet::Routes,
+    before: Vec<String>,
+) -> Vec<String> {
+    let served =
+        if routes.is_serving() { ServingStatus::Serving } else { ServingStatus::NotServing };
     for name in HEALTH_NAMES {
-        reporter.set_service_status(name, status).await;
+        reporter.set_service_status(name, served).await;
     }
+    let models = routes.models();
+    let names: Vec<_> = models.iter().map(|model| convention::health_name(&model.name)).collect();
+    for name in &names {
+        reporter.set_service_status(name, ServingStatus::Serving).await;
+    }
+    for gone in before.iter().filter(|name| !names.contains(name)) {
+        reporter.set_service_status(gone, ServingStatus::NotServing).await;
+    }
+    names
 }
 
 /// Lists what is served here, under both versions of reflection, and not the internal services that

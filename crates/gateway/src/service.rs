@@ -144,7 +144,7 @@ impl Service {
             }
             let status = match send(lease.link().client(), request).await {
                 Ok(response) => {
-                    lease.link().set_alive();
+                    lease.set_alive();
                     return Ok(Response::new(response.into_inner()));
                 }
                 Err(status) => status,
@@ -152,7 +152,7 @@ impl Service {
             if call.is_expired() {
                 return Err(relay::deadline_exceeded());
             }
-            if !tercet_proto::is_movable(&status) {
+            if !relay::is_movable(&status) {
                 return Err(relay::relayed(&status));
             }
             relay::blame(&self.0.fleet, &lease, &status);

@@ -4,6 +4,7 @@
 mod bench;
 mod fake;
 mod limits;
+mod models;
 mod resume;
 mod routing;
 mod serving;

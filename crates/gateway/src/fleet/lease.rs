@@ -1,13 +1,17 @@
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::Link;
+use super::{Link, Want};
 
 /// One request's place at a worker. Counts as load until dropped.
 #[derive(Debug)]
 pub(crate) struct Lease {
     link: Arc<Link>,
+    model: String,
+    /// Of the model at the worker.
+    generation: u64,
     identity: String,
     /// Tokens of this request still counted as load. Never below 1, so that a request that took
     /// more than it said still counts.
@@ -16,10 +20,11 @@ pub(crate) struct Lease {
 }
 
 impl Lease {
-    pub(super) fn new(link: Arc<Link>, identity: String, tokens: u64) -> Self {
-        let tokens = tokens.max(1);
+    pub(super) fn new(link: Arc<Link>, generation: u64, identity: String, want: &Want) -> Self {
+        let tokens = want.tokens.max(1);
         link.begin(tokens);
-        Self { link, identity, tokens, since: Instant::now() }
+        let model = want.model.clone();
+        Self { link, model, generation, identity, tokens, since: Instant::now() }
     }
 
     pub(crate) fn link(&self) -> &Link {
@@ -31,9 +36,25 @@ impl Lease {
         &self.identity
     }
 
-    /// Returns when the place was taken.
-    pub(super) fn since(&self) -> Instant {
-        self.since
+    /// Takes no more requests for the model to the worker.
+    pub(crate) fn set_draining(&self) {
+        self.link.set_draining(&self.model, self.generation);
+    }
+
+    /// Takes no requests for the model to the worker until then, without holding it against it.
+    pub(crate) fn back_off(&self, until: Instant) {
+        self.link.back_off(&self.model, until);
+    }
+
+    /// Forgets past failures: the worker answers.
+    pub(crate) fn set_alive(&self) {
+        self.link.set_alive(&self.model);
+    }
+
+    /// Leaves the worker alone for a while, or only the model there if that is what failed.
+    pub(super) fn eject(&self, only_model: bool, first: Duration, longest: Duration) {
+        let model = only_model.then_some(self.model.as_str());
+        self.link.eject(model, self.since, first, longest);
     }
 
     /// Counts tokens that have come as load no longer.

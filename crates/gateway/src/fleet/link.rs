@@ -1,4 +1,5 @@
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -19,11 +20,27 @@ pub(crate) struct Link {
     streams: AtomicUsize,
     /// Tokens these may still take.
     tokens: AtomicU64,
-    /// Whether the worker said that it is about to stop. It never takes that back.
-    draining: AtomicBool,
     /// Locked for single reads and writes, never across an await.
-    health: Mutex<Health>,
+    standing: Mutex<Standing>,
     outstanding: Gauge,
+}
+
+/// What is known of a worker besides what the registry says.
+#[derive(Debug, Default)]
+struct Standing {
+    /// Of the connection.
+    health: Health,
+    /// Of its models, by name.
+    models: HashMap<String, ModelStanding>,
+}
+
+/// What is known of a model of a worker.
+#[derive(Debug, Default)]
+struct ModelStanding {
+    /// The latest generation of the model that the worker said is about to go. It never takes that
+    /// back.
+    draining: Option<u64>,
+    health: Health,
 }
 
 #[derive(Debug, Default)]
@@ -45,8 +62,7 @@ impl Link {
             client: InferenceClient::new(channel),
             streams: AtomicUsize::new(0),
             tokens: AtomicU64::new(0),
-            draining: AtomicBool::new(false),
-            health: Mutex::default(),
+            standing: Mutex::default(),
             outstanding,
         }
     }
@@ -69,45 +85,54 @@ impl Link {
         self.client.clone()
     }
 
-    /// Takes no new requests from here on.
-    pub(crate) fn set_draining(&self) {
-        self.draining.store(true, Ordering::Relaxed);
+    /// Takes no new requests for this generation of a model from here on.
+    pub(super) fn set_draining(&self, model: &str, generation: u64) {
+        self.standing().of(model).draining = Some(generation);
     }
 
-    pub(super) fn is_draining(&self) -> bool {
-        self.draining.load(Ordering::Relaxed)
+    pub(super) fn is_draining(&self, model: &str, generation: u64) -> bool {
+        let standing = self.standing();
+        standing.models.get(model).is_some_and(|model| model.draining == Some(generation))
     }
 
-    /// Leaves the worker alone until then, without holding it against it.
-    pub(crate) fn back_off(&self, until: Instant) {
-        let mut health = self.health();
-        health.ejected_until = Some(health.ejected_until.map_or(until, |now| now.max(until)));
+    /// Leaves a model of the worker alone until then, without holding it against it.
+    pub(super) fn back_off(&self, model: &str, until: Instant) {
+        let mut standing = self.standing();
+        let ejected = &mut standing.of(model).health.ejected_until;
+        *ejected = Some(ejected.map_or(until, |present| present.max(until)));
     }
 
-    /// Forgets past failures: the worker answers.
-    pub(crate) fn set_alive(&self) {
-        self.health().failures = 0;
-    }
-
-    /// Leaves the worker alone for a while, longer with each failure in a row.
-    ///
-    /// A broken connection breaks all its streams: only requests that began (`since`) after the
-    /// last failure make it one more.
-    pub(super) fn eject(&self, since: Instant, first: Duration, longest: Duration) {
-        let now = Instant::now();
-        let mut health = self.health();
-        if health.failed_at.is_some_and(|failed_at| since <= failed_at) {
-            return;
+    /// Forgets past failures: the worker answers for the model.
+    pub(super) fn set_alive(&self, model: &str) {
+        let mut standing = self.standing();
+        standing.health.failures = 0;
+        if let Some(model) = standing.models.get_mut(model) {
+            model.health.failures = 0;
         }
-        let factor = 2_u32.saturating_pow(health.failures);
-        health.failures = health.failures.saturating_add(1);
-        health.failed_at = Some(now);
-        health.ejected_until = Some(now + first.saturating_mul(factor).min(longest));
     }
 
-    /// Returns until when the worker is left alone; `None` if it is not.
-    pub(super) fn ejected_until(&self, now: Instant) -> Option<Instant> {
-        self.health().ejected_until.filter(|until| *until > now)
+    /// Leaves the worker, or only a model of it, alone for a while, longer with each failure in a
+    /// row.
+    pub(super) fn eject(
+        &self,
+        model: Option<&str>,
+        since: Instant,
+        first: Duration,
+        longest: Duration,
+    ) {
+        let mut standing = self.standing();
+        let health = match model {
+            Some(model) => &mut standing.of(model).health,
+            None => &mut standing.health,
+        };
+        health.fail(since, first, longest);
+    }
+
+    /// Returns until when a model of the worker is left alone; `None` if it is not.
+    pub(super) fn ejected_until(&self, model: &str, now: Instant) -> Option<Instant> {
+        let standing = self.standing();
+        let of_model = standing.models.get(model).and_then(|model| model.health.ejected_until);
+        of_model.max(standing.health.ejected_until).filter(|until| *until > now)
     }
 
     /// Returns requests in progress and the tokens they may still take.
@@ -131,7 +156,31 @@ impl Link {
         self.outstanding.dec();
     }
 
-    fn health(&self) -> MutexGuard<'_, Health> {
-        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+    fn standing(&self) -> MutexGuard<'_, Standing> {
+        self.standing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Standing {
+    /// Returns the standing of a model; only models that the registry named are asked for.
+    fn of(&mut self, model: &str) -> &mut ModelStanding {
+        self.models.entry(model.to_owned()).or_default()
+    }
+}
+
+impl Health {
+    /// Counts a failure.
+    ///
+    /// A broken connection breaks all its streams: only requests that began (`since`) after the
+    /// last failure make it one more.
+    fn fail(&mut self, since: Instant, first: Duration, longest: Duration) {
+        if self.failed_at.is_some_and(|failed_at| since <= failed_at) {
+            return;
+        }
+        let now = Instant::now();
+        let factor = 2_u32.saturating_pow(self.failures);
+        self.failures = self.failures.saturating_add(1);
+        self.failed_at = Some(now);
+        self.ejected_until = Some(now + first.saturating_mul(factor).min(longest));
     }
 }

@@ -1,0 +1,76 @@
+//! Models that come and go while their workers stay.
+
+use std::time::Duration;
+
+use tercet_cluster::ModelState;
+use tercet_proto::{Reason, v1};
+use tokio::time::Instant;
+use tonic::Code;
+
+use super::bench::{Bench, SEED, record, request};
+use super::fake::Play;
+use crate::Config;
+
+fn named(model: &str) -> v1::GenerateRequest {
+    v1::GenerateRequest { model: model.to_owned(), ..request(4) }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_model_that_drains_takes_its_neighbours_along_nowhere() {
+    let bench = Bench::new(Config::default());
+    let (worker, mut registration) = bench.worker(record("a", &["one", "two"])).await;
+    // Told by the worker before the registry knows.
+    worker.plays([Play::Refuse(Reason::Draining.status("on its way out"))]);
+    let error = bench.get(named("one")).await.error.unwrap();
+    assert_eq!(Reason::of(&error), Some(Reason::NoWorker), "{error}");
+    bench.get(named("two")).await.assert_undisturbed(SEED, 4, 0);
+
+    // Loaded again, by the same worker: a view in between may never have been seen.
+    let reloaded = registration.update(|record| record.models[0].generation += 1);
+    bench.noticed(reloaded).await.unwrap();
+    bench.get(named("one")).await.assert_undisturbed(SEED, 4, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_model_that_fails_takes_its_neighbours_along_nowhere() {
+    let bench = Bench::new(Config::default());
+    let (worker, mut registration) = bench.worker(record("a", &["one", "two"])).await;
+    worker.plays([Play::Refuse(Reason::WorkerFailed.status("its compute thread broke down"))]);
+    let begun = Instant::now();
+    let (one, two) = tokio::join!(bench.get(named("one")), bench.get(named("two")));
+    one.assert_undisturbed(SEED, 4, 0);
+    two.assert_undisturbed(SEED, 4, 0);
+    assert!(begun.elapsed() > Duration::ZERO, "the model was left alone for a while");
+    let begun = Instant::now();
+    let failed = registration.update(|record| record.models[0].state = ModelState::Failed);
+    bench.noticed(failed).await.unwrap();
+    bench.get(named("two")).await.assert_undisturbed(SEED, 4, 0);
+    assert_eq!(begun.elapsed(), Duration::ZERO);
+    let error = bench.get(named("one")).await.error.unwrap();
+    assert_eq!(Reason::of(&error), Some(Reason::NoWorker), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_model_that_was_unloaded_is_unknown_at_once() {
+    let bench = Bench::new(Config::default());
+    let (_worker, mut registration) = bench.worker(record("a", &["one", "two"])).await;
+    let unloaded = registration.update(|record| drop(record.models.remove(0)));
+    bench.noticed(unloaded).await.unwrap();
+    let begun = Instant::now();
+    let error = bench.get(named("one")).await.error.unwrap();
+    assert_eq!((error.code(), begun.elapsed()), (Code::NotFound, Duration::ZERO), "{error}");
+    assert!(error.message().contains("two"), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_has_just_unloaded_a_model_is_passed_over() {
+    let bench = Bench::new(Config::default());
+    let unknown = || Play::Refuse(Reason::ModelUnknown.status("not served here"));
+    let (a, _a) = bench.worker(record("a", &["one"])).await;
+    let (b, _b) = bench.worker(record("b", &["one"])).await;
+    a.plays([unknown()]);
+    for _ in 0..3 {
+        bench.get(named("one")).await.assert_undisturbed(SEED, 4, 0);
+    }
+    assert_eq!((a.seen().len(), b.seen().len()), (1, 3));
+}

@@ -35,7 +35,7 @@ fn main() -> ExitCode {
     let done = match settings::read(&words, variable) {
         Ok(Asked::Run(cli, flags)) => run(*cli, flags),
         Ok(Asked::Show(settings)) => output::print(&settings).map_err(Into::into),
-        Err(Refusal::File(error)) => Err(error),
+        Err(Refusal::Settings(error)) => Err(error),
         // Help as well: clap knows where it goes and with which code.
         Err(Refusal::Usage(error)) => {
             drop(error.print());

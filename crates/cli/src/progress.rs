@@ -16,13 +16,14 @@ const PERIOD: Duration = Duration::from_millis(100);
 
 /// Runs `work`, and tells a terminal meanwhile what it is and how long it takes.
 pub(crate) async fn showing<T>(what: &str, work: impl Future<Output = T>) -> T {
-    if !io::stderr().is_terminal() {
-        return work.await;
-    }
+    telling(Line::new(), what, work).await
+}
+
+/// Runs `work`, and shows meanwhile on `line` what it is and how long it takes.
+async fn telling<T>(mut line: Line<impl Write>, what: &str, work: impl Future<Output = T>) -> T {
     let start = Instant::now();
     let mut work = pin!(work);
     let mut ticks = interval_at(start + PATIENCE, PERIOD);
-    let mut line = Line::new();
     loop {
         tokio::select! {
             biased;
@@ -33,30 +34,64 @@ pub(crate) async fn showing<T>(what: &str, work: impl Future<Output = T>) -> T {
 }
 
 /// A line of a terminal that goes when it is dropped; nothing elsewhere.
-pub(crate) struct Line {
-    is_terminal: bool,
+pub(crate) struct Line<W: Write = io::Stderr> {
+    terminal: Option<W>,
     is_shown: bool,
 }
 
 impl Line {
     pub(crate) fn new() -> Self {
-        Self { is_terminal: io::stderr().is_terminal(), is_shown: false }
-    }
-
-    pub(crate) fn show(&mut self, text: &str) {
-        if !self.is_terminal {
-            return;
-        }
-        self.is_shown = true;
-        // A terminal that is gone needs no progress.
-        drop(write!(io::stderr(), "\r{text}\x1b[K"));
+        Self { terminal: Some(io::stderr()).filter(io::Stderr::is_terminal), is_shown: false }
     }
 }
 
-impl Drop for Line {
-    fn drop(&mut self) {
-        if self.is_shown {
-            drop(write!(io::stderr(), "\r\x1b[K"));
+impl<W: Write> Line<W> {
+    pub(crate) fn show(&mut self, text: &str) {
+        if let Some(terminal) = &mut self.terminal {
+            self.is_shown = true;
+            // A terminal that is gone needs no progress.
+            drop(write!(terminal, "\r{text}\x1b[K"));
         }
+    }
+}
+
+impl<W: Write> Drop for Line<W> {
+    fn drop(&mut self) {
+        if let (Some(terminal), true) = (&mut self.terminal, self.is_shown) {
+            drop(write!(terminal, "\r\x1b[K"));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::{sleep, timeout};
+
+    use super::*;
+
+    fn line(screen: &mut Vec<u8>) -> Line<&mut Vec<u8>> {
+        Line { terminal: Some(screen), is_shown: false }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn only_what_takes_its_time_is_told() {
+        let mut screen = Vec::new();
+        telling(line(&mut screen), "reading", sleep(Duration::from_millis(300))).await;
+        assert_eq!(screen, b"");
+        let done = telling(line(&mut screen), "reading", async {
+            sleep(Duration::from_millis(550)).await;
+            7
+        });
+        assert_eq!(done.await, 7);
+        let shown = String::from_utf8(screen).unwrap();
+        assert_eq!(shown, "\rreading 0.4 s\x1b[K\rreading 0.5 s\x1b[K\r\x1b[K");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_line_goes_when_the_work_is_called_off() {
+        let mut screen = Vec::new();
+        let forever = telling(line(&mut screen), "reading", std::future::pending::<()>());
+        assert!(timeout(Duration::from_millis(450), forever).await.is_err());
+        assert!(String::from_utf8(screen).unwrap().ends_with("s\x1b[K\r\x1b[K"));
     }
 }

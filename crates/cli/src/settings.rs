@@ -46,8 +46,8 @@ pub(crate) enum Asked {
 pub(crate) enum Refusal {
     /// The command line is wrong, or asks for help.
     Usage(clap::Error),
-    /// The configuration file is wrong.
-    File(anyhow::Error),
+    /// The configuration file or the environment is wrong.
+    Settings(anyhow::Error),
 }
 
 /// Where the value of a setting comes from that was not given as a flag or in the environment.
@@ -77,6 +77,9 @@ pub(crate) fn read(
         Ok(matches) => matches,
         // Its text tells which arguments are required; only the table as it is knows.
         Err(error) => {
+            if let Some(error) = from_environment(&lenient, words, &error) {
+                return Err(Refusal::Settings(error));
+            }
             return Err(Refusal::Usage(strict.try_get_matches_from(words).err().unwrap_or(error)));
         }
     };
@@ -84,8 +87,8 @@ pub(crate) fn read(
     let named = matches.get_one::<PathBuf>("config").cloned();
     let mut layers = Vec::new();
     if let Some(file) = named.or_else(|| file::default_path(variable)) {
-        let entries = file::read(&file).map_err(Refusal::File)?;
-        layers = from_file(&lenient, &path, &file, &entries).map_err(Refusal::File)?;
+        let entries = file::read(&file).map_err(Refusal::Settings)?;
+        layers = from_file(&lenient, &path, &file, &entries).map_err(Refusal::Settings)?;
     }
 
     let filled = layered(lenient, &path, &layers);
@@ -120,6 +123,33 @@ fn flags(command: &Command, matches: &ArgMatches) -> BTreeMap<String, Vec<String
         .filter(|arg| matches.try_contains_id(arg.get_id().as_str()).is_ok())
         .filter_map(words)
         .collect()
+}
+
+/// Names the environment variable that a wrong value comes from, if it comes from one: clap speaks
+/// of the flag.
+fn from_environment(
+    root: &Command,
+    words: &[OsString],
+    error: &clap::Error,
+) -> Option<anyhow::Error> {
+    let (Some(ContextValue::String(flag)), Some(ContextValue::String(value))) =
+        (error.get(ContextKind::InvalidArg), error.get(ContextKind::InvalidValue))
+    else {
+        return None;
+    };
+    let mut all = Vec::new();
+    collect(root, &mut Vec::new(), &mut all);
+    let (_, arg) = all.into_iter().find(|(_, arg)| arg.to_string() == *flag)?;
+    let long = format!("--{}", arg.get_long()?);
+    let is_given = |word: &OsString| {
+        let word = word.to_string_lossy();
+        word.split_once('=').map_or(&*word, |(flag, _)| flag) == long
+    };
+    let variable = arg.get_env()?.to_string_lossy().into_owned();
+    if words.iter().any(is_given) || std::env::var_os(&variable).is_none() {
+        return None;
+    }
+    Some(misconfigured(anyhow!("{variable} = {}: {}", show::word(value), reason(error))))
 }
 
 /// Returns the command with nothing required: the file may have it.
@@ -217,12 +247,26 @@ fn homes<'a>(root: &'a Command, entry: &Entry) -> Result<Vec<(Vec<String>, &'a A
     });
     let names: Vec<&str> = settings.iter().filter_map(|(_, arg)| arg.get_long()).collect();
     if !names.contains(&entry.key.as_str()) {
+        if let Some(tables) = entry.table.is_none().then(|| tables_with(root, &entry.key)).flatten()
+        {
+            return Err(format!("{} is for one command: set it under {tables}", entry.key));
+        }
         let of = entry.table.as_deref().map_or_else(String::new, |table| format!(" in [{table}]"));
         let advice = advice(&entry.key, names.iter().copied(), "a long flag without dashes");
         return Err(format!("unknown key {}{of}: {advice}", entry.key));
     }
     settings.retain(|(_, arg)| arg.get_long() == Some(&entry.key));
     Ok(settings)
+}
+
+/// Returns the tables that may hold a key, if there are any.
+fn tables_with(root: &Command, key: &str) -> Option<String> {
+    let holds = |command: &&Command| {
+        !command.has_subcommands() && command.get_arguments().any(|arg| arg.get_long() == Some(key))
+    };
+    let names = root.get_subcommands().filter(holds);
+    let names: Vec<String> = names.map(|command| format!("[{}]", command.get_name())).collect();
+    (!names.is_empty()).then(|| names.join(" or "))
 }
 
 fn collect<'a>(

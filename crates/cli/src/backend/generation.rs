@@ -77,7 +77,7 @@ impl<'a> Generation<'a> {
         })
     }
 
-    /// Returns what comes next, or nothing after the end.
+    /// Returns what comes next; `Finished` is the last.
     pub(crate) async fn next(&mut self) -> Result<Piece> {
         loop {
             let broken = match self.stream.message().await {

@@ -51,7 +51,7 @@ impl Config {
     /// Returns what is said of this file.
     fn mistake(&self, line: &str) -> String {
         match self.read(line) {
-            Err(Refusal::File(error)) => {
+            Err(Refusal::Settings(error)) => {
                 error.to_string().replace(self.0.to_str().unwrap(), "file")
             }
             other => panic!("{line}: {other:?}"),
@@ -154,7 +154,10 @@ fn mistakes_are_told_with_their_line() {
         ("threads = [1, 2]\n", "file:1: threads = [1, 2]: expected one value, not a list"),
         ("name = true\n", "file:1: name = true: expected a string or a number"),
         ("[chat]\nignore-eos = 1\n", "file:2: ignore-eos = 1: expected true or false"),
-        ("prompt = 'x'\n", "file:1: unknown key prompt: "),
+        (
+            "max-tokens = 5\n",
+            "file:1: max-tokens is for one command: set it under [generate] or [chat]",
+        ),
         ("config = 'x'\n", "file:1: unknown key config: "),
         ("threads = 1\nthreads = 2\n", "file:2: duplicate key"),
     ] {
@@ -164,7 +167,7 @@ fn mistakes_are_told_with_their_line() {
     }
     let said =
         match read(&["tercet", "serve", "--config", "/no/such"].map(OsString::from), |_| None) {
-            Err(Refusal::File(error)) => error.to_string(),
+            Err(Refusal::Settings(error)) => error.to_string(),
             other => panic!("{other:?}"),
         };
     assert!(said.contains("/no/such"), "{said}");

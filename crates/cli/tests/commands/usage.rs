@@ -101,6 +101,12 @@ fn layers_of_configuration_reach_the_command() {
     let expected = own("--max-tokens 6 --temperature 0");
     assert_eq!(generate(&hot, " --max-tokens 6 --temperature 0"), expected, "flags before both");
 
+    let mut command = tercet(["serve"]);
+    let output = command.env("TERCET_THREADS", "many").output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(said, "error: TERCET_THREADS = \"many\": invalid digit found in string\n");
+
     let other = scratch.file("other.toml");
     fs::write(&other, "[generate]\nmax-tokens = 'few'\n").unwrap();
     let said = fail(&format!("generate --prompt x --config {other}"), 2);

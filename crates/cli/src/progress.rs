@@ -2,7 +2,7 @@
 
 use std::{
     future::Future,
-    io::{self, IsTerminal as _, Write as _},
+    io::{self, IsTerminal as _, Write},
     pin::pin,
     time::Duration,
 };

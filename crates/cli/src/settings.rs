@@ -26,7 +26,7 @@ use clap::{
 
 use self::file::{Entry, Value};
 use crate::{
-    args::Cli,
+    args::{Cli, ServedModel},
     failure::misconfigured,
     output::alike,
     profile::{Machine, Profile},
@@ -137,13 +137,13 @@ fn from_environment(
     else {
         return None;
     };
+    let flag = flag.split([' ', '[', '=']).next()?;
     let mut all = Vec::new();
     collect(root, &mut Vec::new(), &mut all);
-    let (_, arg) = all.into_iter().find(|(_, arg)| arg.to_string() == *flag)?;
-    let long = format!("--{}", arg.get_long()?);
+    let (_, arg) = all.into_iter().find(|(_, arg)| arg.get_long() == flag.strip_prefix("--"))?;
     let is_given = |word: &OsString| {
         let word = word.to_string_lossy();
-        word.split_once('=').map_or(&*word, |(flag, _)| flag) == long
+        word.split_once('=').map_or(&*word, |(name, _)| name) == flag
     };
     let variable = arg.get_env()?.to_string_lossy().into_owned();
     if words.iter().any(is_given) || std::env::var_os(&variable).is_none() {
@@ -336,6 +336,15 @@ fn written(value: &Value) -> String {
     }
 }
 
+/// Returns where the models of a command are.
+fn models(matches: &ArgMatches) -> Vec<PathBuf> {
+    if let Ok(models) = matches.try_get_many::<ServedModel>("model") {
+        return models.into_iter().flatten().map(|model| model.path.clone()).collect();
+    }
+    let words = matches.try_get_raw("model").ok().flatten();
+    words.into_iter().flatten().map(PathBuf::from).collect()
+}
+
 /// Returns what a profile has for a command, but for what is in the file.
 fn from_profile(
     profile: Profile,
@@ -343,8 +352,7 @@ fn from_profile(
     matches: &ArgMatches,
     layers: &[Layer],
 ) -> Vec<Layer> {
-    let model = matches.try_get_raw("model").ok().flatten().and_then(|mut words| words.next());
-    let machine = Machine::here(model.map(Path::new));
+    let machine = Machine::here(&models(matches));
     let is_free = |id: &str| {
         command.get_arguments().any(|arg| arg.get_id() == id)
             && layers.iter().all(|layer| layer.id != id)

@@ -139,7 +139,8 @@ pub(crate) async fn unload(model: Arc<Hosted>, grace: Duration) -> usize {
 async fn discard(model: &Arc<Hosted>) {
     let model = Arc::clone(model);
     let discarded = task::spawn_blocking(move || model.discard()).await;
-    if let Err(error) = discarded {
+    // Cancelled, it is the process that ends, and takes the memory with it.
+    if let Some(error) = discarded.err().filter(task::JoinError::is_panic) {
         tracing::warn!(error = &error as &dyn StdError, "a model left memory badly");
     }
 }

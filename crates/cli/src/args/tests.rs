@@ -1,6 +1,7 @@
 //! Every setting is documented, reachable by environment, and refused when wrong.
 
 use clap::{Arg, CommandFactory as _, error::ErrorKind};
+use tercet_engine::model_file::synth::Shape;
 
 use super::*;
 

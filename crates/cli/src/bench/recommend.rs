@@ -63,7 +63,7 @@ fn name<S: Serializer>(profile: &Profile, serializer: S) -> Result<S::Ok, S::Err
 
 /// Measures, unless the model has no room for it, and draws the conclusions.
 pub(super) fn recommend(args: &BenchArgs, model: &ModelFile) -> Result<Option<Recommendation>> {
-    let machine = Machine::here(args.model.as_deref());
+    let machine = Machine::here(args.model.as_slice());
     let chunk = args.engine.prefill_chunk.get();
     let load = |batch| Load { prompt: SHORT, generate: SHORT, batch, repeat: 1, chunk };
     let fits = |batch: &usize| {

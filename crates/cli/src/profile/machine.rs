@@ -9,17 +9,17 @@ pub(crate) struct Machine {
     pub(crate) cpus: usize,
     /// Bytes of memory: what is available, within the limit of its control group.
     pub(crate) memory: u64,
-    /// Bytes of the model's files.
+    /// Bytes of the models' files.
     pub(crate) model: u64,
 }
 
 impl Machine {
-    /// Looks at this machine; `model` is where the model is.
-    pub(crate) fn here(model: Option<&Path>) -> Self {
+    /// Looks at this machine; `models` is where the models are.
+    pub(crate) fn here(models: &[impl AsRef<Path>]) -> Self {
         Self {
             cpus: std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
             memory: memory(Path::new("/")),
-            model: model.map_or(0, file_bytes),
+            model: models.iter().map(|model| file_bytes(model.as_ref())).sum(),
         }
     }
 }

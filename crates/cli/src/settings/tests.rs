@@ -137,6 +137,21 @@ fn a_profile_gives_way_to_the_file() {
 }
 
 #[test]
+fn a_profile_leaves_room_for_the_models() {
+    let config = Config::new("");
+    let mib = |line: &str| -> u64 {
+        let (size, _) = config.shown(line)("kv-memory");
+        size.trim_matches('"').strip_suffix("MiB").unwrap().parse().unwrap()
+    };
+    let beside = mib("serve --profile server");
+    let file = Config::new("");
+    fs::File::options().write(true).open(&file.0).unwrap().set_len(64 << 30).unwrap();
+    let path = file.0.display();
+    let larger = mib(&format!("serve --profile server --model big={path},kv=1GiB --model {path}"));
+    assert!(larger < beside, "{larger} beside models larger than the memory, {beside} without");
+}
+
+#[test]
 fn mistakes_are_told_with_their_line() {
     for (text, expected) in [
         ("thread = 2\n", "file:1: unknown key thread: did you mean threads?"),

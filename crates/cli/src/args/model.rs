@@ -1,0 +1,109 @@
+//! The command line of `tercet model`.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Args, Subcommand};
+use tercet_engine::model_file::synth::{HeadType, Shape, TernaryType};
+
+use super::{
+    DEFAULT_ADDRESS,
+    values::{ByteSize, byte_size, duration},
+};
+
+/// `tercet model`.
+#[derive(Args, Debug)]
+pub(crate) struct ModelCommand {
+    #[command(subcommand)]
+    pub(crate) action: ModelAction,
+}
+
+/// What to do with a model file.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ModelAction {
+    /// Tell what a model file holds
+    Inspect {
+        /// GGUF file or Hugging Face folder
+        path: PathBuf,
+        /// Prints JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write a model as one GGUF file with I2_S weights, exactly
+    Convert {
+        /// GGUF file or Hugging Face folder to read
+        source: PathBuf,
+        /// GGUF file to write
+        out: PathBuf,
+        /// Name of the model in the file [default: the source's]
+        #[arg(long, value_name = "NAME")]
+        name: Option<String>,
+        /// Replaces an existing file
+        #[arg(long)]
+        force: bool,
+    },
+    /// Make up a model of a known shape, to measure with
+    Synth(SynthArgs),
+    /// Load a model into a running server
+    Load {
+        /// GGUF file or Hugging Face folder, below the --model-dir of the server
+        path: String,
+        /// Name of the model in requests [default: the model's own]
+        #[arg(long, value_name = "NAME")]
+        name: Option<String>,
+        /// Memory for the keys and values of its sequences [default: all that no other model has]
+        #[arg(long, value_name = "SIZE", value_parser = byte_size)]
+        kv: Option<ByteSize>,
+        #[command(flatten)]
+        server: WorkerAddress,
+    },
+    /// Unload a model of a running server
+    Unload {
+        /// Its name
+        name: String,
+        /// How long its streams get to finish before they are told to resume elsewhere [default:
+        /// the server's --drain-timeout]
+        #[arg(long, value_name = "TIME", value_parser = duration)]
+        grace: Option<Duration>,
+        #[command(flatten)]
+        server: WorkerAddress,
+    },
+    /// List the models of a running server
+    List {
+        /// Prints JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        server: WorkerAddress,
+    },
+}
+
+/// A server whose models are looked after.
+#[derive(Args, Debug)]
+pub(crate) struct WorkerAddress {
+    /// A `tercet serve` or a `tercet worker`; a gateway has no models of its own
+    #[arg(long, env = "TERCET_CONNECT", value_name = "HOST:PORT", default_value = DEFAULT_ADDRESS)]
+    pub(crate) connect: String,
+}
+
+/// `tercet model synth`.
+#[derive(Args, Debug)]
+pub(crate) struct SynthArgs {
+    /// Shape: 125m, bitnet-2b-4t, llama3-8b, bonsai-4b, 70b, 100b or 405b
+    #[arg(long, value_name = "NAME")]
+    pub(crate) shape: Shape,
+    /// Storage of the ternary weights: i2_s, tq1_0, tq2_0 or q2_0
+    #[arg(long = "type", value_name = "TYPE", default_value_t = TernaryType::I2S)]
+    pub(crate) ternary: TernaryType,
+    /// Storage of embedding and head: f16, q8_0 or q6_k
+    #[arg(long, value_name = "TYPE", default_value_t = HeadType::F16)]
+    pub(crate) head: HeadType,
+    /// What the weights are drawn from
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// GGUF file to write
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+    /// Replaces an existing file
+    #[arg(long)]
+    pub(crate) force: bool,
+}

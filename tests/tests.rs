@@ -6,6 +6,7 @@ mod architecture;
 mod chart;
 mod failover;
 mod fixtures;
+mod models;
 mod pipeline;
 mod pods;
 mod readme;

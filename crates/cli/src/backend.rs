@@ -27,7 +27,7 @@ use self::servers::Servers;
 use crate::{
     args::{BackendArgs, SamplingArgs},
     failure::{misconfigured, unbuilt},
-    progress::showing,
+    progress::{load_line, showing},
 };
 
 /// What answers requests.
@@ -44,7 +44,7 @@ impl Backend {
     /// Connects to a server asked for, or loads the model in this process.
     pub(crate) async fn new(args: &BackendArgs) -> Result<Self> {
         if args.connect.is_empty() {
-            return showing("loading the model", Self::local(args)).await;
+            return Self::local(args).await;
         }
         let servers = Servers::connect(&args.connect).await?;
         let model = args.model.clone().unwrap_or_default();
@@ -116,22 +116,26 @@ impl Backend {
             ..EngineOptions::default()
         };
         let worker = Worker::build(config, registry, Metrics::new()).map_err(unbuilt)?;
+        let condition = worker.condition();
         let mut local = JoinSet::new();
         local.spawn(worker.serve(connections, std::future::pending()).boxed());
 
         let is_ready = |view: &Arc<View>| {
             view.workers.values().any(|worker| worker.state == WorkerState::Ready)
         };
-        let record = tokio::select! {
-            ended = local.join_next() => match ended {
-                Some(Ok(Err(error))) => return Err(error.into()),
-                _ => bail!("the worker of this process ended while it loaded the model"),
-            },
-            view = view.wait_for(is_ready) => {
-                let view = view.context("watch the worker of this process")?;
-                view.workers.values().next().cloned()
+        let loaded = async {
+            tokio::select! {
+                ended = local.join_next() => match ended {
+                    Some(Ok(Err(error))) => Err(error.into()),
+                    _ => bail!("the worker of this process ended while it loaded the model"),
+                },
+                view = view.wait_for(is_ready) => {
+                    let view = view.context("watch the worker of this process")?;
+                    Ok(view.workers.values().next().cloned())
+                }
             }
         };
+        let record = showing(|| load_line(&condition.loading()), loaded).await?;
         let record = record.context("find the worker of this process")?;
         let channel = dialer.dial(&record).context("connect to the worker of this process")?;
         Ok(Self { servers: Servers::local(channel), model: String::new(), local })

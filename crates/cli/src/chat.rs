@@ -255,7 +255,7 @@ impl Said {
         loop {
             let piece = match self.first {
                 Some(_) => generation.next().await?,
-                None => showing(&reading, generation.next()).await?,
+                None => showing(|| reading.clone(), generation.next()).await?,
             };
             match piece {
                 Piece::Prompt(tokens) => reading = format!("reading {tokens} tokens"),

@@ -29,7 +29,7 @@ async fn generate(args: &GenerateArgs) -> Result<()> {
         let piece = if reading.is_empty() {
             generation.next().await?
         } else {
-            showing(&reading, generation.next()).await?
+            showing(|| reading.clone(), generation.next()).await?
         };
         match piece {
             Piece::Prompt(tokens) => reading = format!("reading {tokens} prompt tokens"),

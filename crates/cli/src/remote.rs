@@ -4,8 +4,8 @@ use std::{fmt::Write as _, time::Duration};
 
 use anyhow::{Result, bail};
 use tercet_proto::v1::{
-    DescribeRequest, DescribeResponse, HeldModel, LoadModelRequest, LoadProgress, LoadStage,
-    ModelState, UnloadModelRequest, load_model_response::Event, worker_client::WorkerClient,
+    DescribeRequest, DescribeResponse, HeldModel, LoadModelRequest, ModelState, UnloadModelRequest,
+    load_model_response::Event, worker_client::WorkerClient,
 };
 use tonic::{Code, Status, transport::Channel};
 
@@ -14,7 +14,7 @@ use crate::{
     backend::{refused, servers::connect},
     failure::misconfigured,
     output::{print, print_line},
-    progress::Line,
+    progress::{Line, load_line, size},
 };
 
 /// Loads a model and tells how far it is.
@@ -36,7 +36,7 @@ pub(crate) async fn load(
     loop {
         let event = events.message().await;
         match event.map_err(|status| denied(server, &status))?.and_then(|message| message.event) {
-            Some(Event::Progress(progress)) => line.show(&progress_line(&progress)),
+            Some(Event::Progress(progress)) => line.show(&load_line(&progress)),
             Some(Event::Ready(model)) => {
                 drop(line);
                 print_line(&format!("{} is served, identity {}", model.name, model.identity))?;
@@ -87,28 +87,6 @@ fn denied(server: &WorkerAddress, status: &Status) -> anyhow::Error {
             misconfigured(anyhow::anyhow!(status.message().to_owned()))
         }
         _ => refused(status),
-    }
-}
-
-fn progress_line(progress: &LoadProgress) -> String {
-    let what = match progress.stage() {
-        LoadStage::Reading => "reading",
-        LoadStage::Hashing => "hashing",
-        LoadStage::WarmingUp => "warming up",
-        LoadStage::Unspecified => "loading",
-    };
-    match progress.total_bytes {
-        0 => what.to_owned(),
-        total => format!("{what} {}% of {}", progress.done_bytes * 100 / total, size(total)),
-    }
-}
-
-/// Returns bytes for people.
-fn size(bytes: u64) -> String {
-    match bytes {
-        0..0x10_0000 => format!("{} KiB", bytes >> 10),
-        0x10_0000..0x4000_0000 => format!("{} MiB", bytes >> 20),
-        _ => format!("{}.{} GiB", bytes >> 30, ((bytes % (1 << 30)) * 10) >> 30),
     }
 }
 
@@ -166,16 +144,6 @@ fn as_json(described: &DescribeResponse) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn progress_is_told_in_words() {
-        let progress = |stage: LoadStage, done_bytes, total_bytes| {
-            progress_line(&LoadProgress { stage: stage.into(), done_bytes, total_bytes })
-        };
-        assert_eq!(progress(LoadStage::Reading, 1 << 29, 3 << 29), "reading 33% of 1.5 GiB");
-        assert_eq!(progress(LoadStage::Hashing, 5 << 20, 5 << 20), "hashing 100% of 5 MiB");
-        assert_eq!(progress(LoadStage::WarmingUp, 0, 0), "warming up");
-    }
 
     #[test]
     fn tables_align() {

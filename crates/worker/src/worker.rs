@@ -5,7 +5,9 @@ use std::{error::Error as StdError, future::Future, pin::pin, sync::Arc, time::D
 use futures::Stream;
 use tercet_cluster::{ClusterError, Registry};
 use tercet_engine::{ModelError, ModelFile, PoolError};
-use tercet_proto::v1::{inference_server::InferenceServer, worker_server::WorkerServer};
+use tercet_proto::v1::{
+    LoadProgress, inference_server::InferenceServer, worker_server::WorkerServer,
+};
 use tercet_telemetry::Metrics;
 use thiserror::Error;
 use tokio::{
@@ -122,6 +124,11 @@ impl Condition {
     /// Returns whether the worker takes requests, or steps if it is a later stage, or why not.
     pub fn ready(&self) -> Result<(), String> {
         self.core.ready()
+    }
+
+    /// Returns how far the loading of the first model is.
+    pub fn loading(&self) -> LoadProgress {
+        self.core.models().first().map(|model| *model.progress.borrow()).unwrap_or_default()
     }
 
     /// Returns whether the worker is worth keeping, or why not. Depends on nothing outside of the

@@ -161,6 +161,26 @@ async fn a_gguf_of_bitnet_cpp_answers_as_transformers_does() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_packed_llama_folder_answers_as_transformers_does() -> Result<()> {
+    check("llama-packed", "llama-packed").await
+}
+
+#[tokio::test]
+async fn a_llama_gguf_of_tq1_0_answers_as_transformers_does() -> Result<()> {
+    check("gguf/llama-tq1_0.gguf", "llama-packed").await
+}
+
+#[tokio::test]
+async fn a_llama_gguf_of_tq2_0_answers_as_transformers_does() -> Result<()> {
+    check("gguf/llama-tq2_0.gguf", "llama-packed").await
+}
+
+#[tokio::test]
+async fn a_qwen3_gguf_of_q2_0_answers_as_transformers_does() -> Result<()> {
+    check("gguf/qwen3-q2_0.gguf", "qwen3-group64").await
+}
+
+#[tokio::test]
 async fn a_folder_and_its_gguf_have_one_identity() -> Result<()> {
     let (_folder, of_folder) = serve("bitnet-packed").await?;
     let out = tercet_tests::Scratch::new("convert")?;

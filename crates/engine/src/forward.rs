@@ -1,9 +1,10 @@
 //! The forward pass of a stage over the rows of one step, inside one parallel region.
 //!
 //! ```text
-//! x -> norm -> int8 -> Wq Wk Wv -> rope -> attention -> norm -> int8 -> Wo -> + x
-//!   -> norm -> int8 -> Wgate Wup -> relu(gate)^2 * up -> norm -> int8 -> Wdown -> + x
+//! x -> norm -> int8 -> Wq Wk Wv -> (norm) -> rope -> attention -> (norm) -> int8 -> Wo -> + x
+//!   -> norm -> int8 -> Wgate Wup -> activation(gate) * up -> (norm) -> int8 -> Wdown -> + x
 //! ```
+//! Norms in brackets exist in some families only.
 //!
 //! Threads own ranges of output columns in the products and ranges of (row, kv head) pairs in the
 //! attention. Nothing that is summed is ever split between them, so their number changes no bit.
@@ -16,8 +17,9 @@ use tercet_kernels::{
 
 use crate::{
     kv::{KvCache, PAGE_POSITIONS},
-    model_file::{LayerWeights, ModelConfig, StageWeights},
+    model_file::{Activation, ActivationScheme, LayerWeights, ModelConfig, StageWeights},
     plan::SequenceId,
+    rotary::{Rotary, round},
 };
 
 /// A row of a step.
@@ -50,7 +52,8 @@ pub(crate) struct Workspace {
     int8_attention: Int8Rows,
     int8_ffn: Int8Rows,
     scratch: Vec<AttentionScratch>,
-    inverse_frequencies: Vec<f32>,
+    rotary: Rotary,
+    scheme: ActivationScheme,
     widths: Widths,
     pub(crate) logits: Vec<f32>,
 }
@@ -86,11 +89,12 @@ impl Workspace {
             product: Vec::new(),
             cos: Vec::new(),
             sin: Vec::new(),
-            int8_hidden: Int8Rows::new(0, config.hidden),
-            int8_attention: Int8Rows::new(0, widths.q),
-            int8_ffn: Int8Rows::new(0, widths.ffn),
+            scheme: config.activations,
+            int8_hidden: int8_rows(config.activations, 0, config.hidden),
+            int8_attention: int8_rows(config.activations, 0, widths.q),
+            int8_ffn: int8_rows(config.activations, 0, widths.ffn),
             scratch: Vec::new(),
-            inverse_frequencies: inverse_frequencies(config.rope_theta, config.head_dim),
+            rotary: Rotary::new(config),
             widths,
             logits: Vec::new(),
         }
@@ -118,9 +122,9 @@ impl Workspace {
         ] {
             buffer.resize(rows * width, 0.0);
         }
-        self.int8_hidden = Int8Rows::new(rows, hidden);
-        self.int8_attention = Int8Rows::new(rows, q);
-        self.int8_ffn = Int8Rows::new(rows, ffn);
+        self.int8_hidden = int8_rows(self.scheme, rows, hidden);
+        self.int8_attention = int8_rows(self.scheme, rows, q);
+        self.int8_ffn = int8_rows(self.scheme, rows, ffn);
         self.rows = rows;
     }
 
@@ -185,7 +189,7 @@ impl Forward<'_> {
 
     /// Fills the rotation of each row, the same for all layers and heads.
     fn rotations(&mut self, rows: &[Row]) {
-        let Workspace { cos, sin, inverse_frequencies, widths, .. } = &mut *self.work;
+        let Workspace { cos, sin, rotary, widths, .. } = &mut *self.work;
         let rotations = cos
             .chunks_exact_mut(widths.half_head)
             .zip(sin.chunks_exact_mut(widths.half_head))
@@ -193,10 +197,10 @@ impl Forward<'_> {
         for ((cos, sin), row) in rotations {
             #[expect(clippy::cast_precision_loss, reason = "contexts are far below 2^24")]
             let position = row.position as f32;
-            for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(&*inverse_frequencies) {
+            for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(&rotary.frequencies) {
                 let angle = f64::from(position * frequency);
-                *cos = round(libm::cos(angle));
-                *sin = round(libm::sin(angle));
+                *cos = round(libm::cos(angle)) * rotary.magnitude;
+                *sin = round(libm::sin(angle)) * rotary.magnitude;
             }
         }
     }
@@ -205,8 +209,11 @@ impl Forward<'_> {
         let n = rows.len();
         let config = self.config;
         let Workspace { hidden, normed, q, k, v, int8_hidden, .. } = &mut *self.work;
-        let norm =
-            NormQuantize { kernels: self.kernels, weight: &layer.attn_norm, eps: config.rms_eps };
+        let norm = NormQuantize {
+            kernels: self.kernels,
+            weight: Some(&layer.attn_norm),
+            eps: config.rms_eps,
+        };
         norm.run(self.lead, hidden, normed, int8_hidden, failed);
         let kernels = self.kernels;
         let int8 = &*int8_hidden;
@@ -220,24 +227,40 @@ impl Forward<'_> {
             kernels.ternary_matmul(&layer.k, int8, n, k);
             kernels.ternary_matmul(&layer.v, int8, n, v);
         });
-        self.rotate_and_store(index, rows);
+        self.rotate_and_store(layer, index, rows);
         self.attend(index, rows);
         self.project(
-            Projection { norm: &layer.attn_sub_norm, matrix: &layer.o, from: Source::Attention },
+            Projection {
+                norm: layer.attn_sub_norm.as_deref(),
+                matrix: &layer.o,
+                from: Source::Attention,
+            },
             n,
             failed,
         );
     }
 
-    /// Turns queries and keys by their positions and writes keys and values to the cache.
-    fn rotate_and_store(&mut self, layer: usize, rows: &[Row]) {
-        let Workspace { q, k, v, cos, sin, widths, .. } = &mut *self.work;
+    /// Norms queries and keys if the model does, turns them by their positions, and writes keys and
+    /// values to the cache.
+    fn rotate_and_store(&mut self, weights: &LayerWeights, layer: usize, rows: &[Row]) {
+        let Workspace { q, k, v, cos, sin, widths, normed, .. } = &mut *self.work;
+        let (kernels, eps) = (self.kernels, self.config.rms_eps);
+        let mut norm = |heads: &mut [f32], weight: Option<&[f32]>| {
+            let Some(weight) = weight else { return };
+            for head in heads.chunks_exact_mut(weight.len()) {
+                let normed = &mut normed[..head.len()];
+                kernels.rms_norm(head, weight, eps, normed);
+                head.copy_from_slice(normed);
+            }
+        };
         let head_dim = self.config.head_dim;
         for (index, row) in rows.iter().enumerate() {
             let turn = index * widths.half_head..(index + 1) * widths.half_head;
             let (cos, sin) = (&cos[turn.clone()], &sin[turn]);
             let q = &mut q[index * widths.q..(index + 1) * widths.q];
             let k = &mut k[index * widths.kv..(index + 1) * widths.kv];
+            norm(q, weights.q_norm.as_deref());
+            norm(k, weights.k_norm.as_deref());
             for head in q.chunks_exact_mut(head_dim).chain(k.chunks_exact_mut(head_dim)) {
                 self.kernels.rope(head, cos, sin);
             }
@@ -302,10 +325,13 @@ impl Forward<'_> {
     fn feed_forward(&mut self, layer: &LayerWeights, n: usize, failed: &mut [bool]) {
         let config = self.config;
         let Workspace { hidden, normed, gate, up, int8_hidden, .. } = &mut *self.work;
-        let norm =
-            NormQuantize { kernels: self.kernels, weight: &layer.ffn_norm, eps: config.rms_eps };
+        let norm = NormQuantize {
+            kernels: self.kernels,
+            weight: Some(&layer.ffn_norm),
+            eps: config.rms_eps,
+        };
         norm.run(self.lead, hidden, normed, int8_hidden, failed);
-        let kernels = self.kernels;
+        let (kernels, activation) = (self.kernels, config.activation);
         let int8 = &*int8_hidden;
         let parts: Vec<_> = split(self.lead, gate, n, config.intermediate)
             .into_iter()
@@ -315,12 +341,16 @@ impl Forward<'_> {
             kernels.ternary_matmul(&layer.gate, int8, n, gate.reborrow());
             kernels.ternary_matmul(&layer.up, int8, n, up.reborrow());
             for row in 0..n {
-                kernels.relu2_mul(gate.row_mut(row), up.row_mut(row));
+                let (gate, up) = (gate.row_mut(row), up.row_mut(row));
+                match activation {
+                    Activation::Relu2 => kernels.relu2_mul(gate, up),
+                    Activation::Silu => kernels.silu_mul(gate, up),
+                }
             }
         });
         self.project(
             Projection {
-                norm: &layer.ffn_sub_norm,
+                norm: layer.ffn_sub_norm.as_deref(),
                 matrix: &layer.down,
                 from: Source::FeedForward,
             },
@@ -360,7 +390,8 @@ impl Forward<'_> {
 
 /// A product that adds to the hidden state.
 struct Projection<'a> {
-    norm: &'a [f32],
+    /// Absent where the input is quantised as it is.
+    norm: Option<&'a [f32]>,
     matrix: &'a TernaryMatrix,
     from: Source,
 }
@@ -371,10 +402,10 @@ enum Source {
     FeedForward,
 }
 
-/// RMS norm and int8 quantisation of rows.
+/// RMS norm, if there is one, and int8 quantisation of rows.
 struct NormQuantize<'a> {
     kernels: Kernels,
-    weight: &'a [f32],
+    weight: Option<&'a [f32]>,
     eps: f32,
 }
 
@@ -390,7 +421,7 @@ impl NormQuantize<'_> {
         failed: &mut [bool],
     ) {
         let n = failed.len();
-        let width = self.weight.len();
+        let width = out.cols();
         let threads = if n >= 2 * lead.threads() { lead.threads() } else { 1 };
         let per_thread = n.div_ceil(threads);
         let parts: Vec<_> = input[..n * width]
@@ -402,10 +433,23 @@ impl NormQuantize<'_> {
         lead.run(parts, |_, (((input, normed), out), failed)| {
             let rows = input.chunks_exact(width).zip(normed.chunks_exact_mut(width));
             for (((input, normed), row), failed) in rows.zip(out.into_rows()).zip(failed) {
-                self.kernels.rms_norm(input, self.weight, self.eps, normed);
-                *failed |= self.kernels.quantize(normed, row).is_err();
+                let input = match self.weight {
+                    Some(weight) => {
+                        self.kernels.rms_norm(input, weight, self.eps, normed);
+                        normed
+                    }
+                    None => input,
+                };
+                *failed |= self.kernels.quantize(input, row).is_err();
             }
         });
+    }
+}
+
+fn int8_rows(scheme: ActivationScheme, rows: usize, cols: usize) -> Int8Rows {
+    match scheme {
+        ActivationScheme::Token => Int8Rows::new(rows, cols),
+        ActivationScheme::Block64 => Int8Rows::with_blocks(rows, cols),
     }
 }
 
@@ -421,22 +465,6 @@ fn split<'a>(
     let cuts: Vec<usize> =
         (1..threads).map(|thread| (units * thread / threads * COLUMN_UNIT).min(width)).collect();
     MatrixMut::new(&mut buffer[..n * width], n, width).split_columns(&cuts)
-}
-
-/// Rotary frequencies: theta^(-2i / d), rounded once.
-fn inverse_frequencies(theta: f32, head_dim: usize) -> Vec<f32> {
-    (0..head_dim / 2)
-        .map(|i| {
-            #[expect(clippy::cast_precision_loss, reason = "head sizes are small")]
-            let exponent = (2 * i) as f64 / head_dim as f64;
-            round(1.0 / libm::pow(f64::from(theta), exponent))
-        })
-        .collect()
-}
-
-#[expect(clippy::cast_possible_truncation, reason = "rounding to f32 is meant")]
-fn round(value: f64) -> f32 {
-    value as f32
 }
 
 fn head_dim_root(head_dim: usize) -> f32 {

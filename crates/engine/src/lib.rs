@@ -27,6 +27,7 @@ pub mod pipeline;
 pub mod plan;
 mod pool;
 pub mod request;
+mod rotary;
 mod runner;
 mod sampler;
 pub mod scheduler;

@@ -34,7 +34,9 @@ use std::sync::Arc;
 use tercet_text::{SpecialTokens, TokenizerSource};
 
 pub use self::{
-    config::{Architecture, GenerationDefaults, ModelConfig},
+    config::{
+        Activation, ActivationScheme, Architecture, GenerationDefaults, ModelConfig, RopeScaling,
+    },
     digest::identity,
     error::ModelError,
     load::{LoadProgress, Report},
@@ -62,7 +64,9 @@ pub enum ModelFormat {
     FolderPacked,
     /// A Hugging Face folder with training weights, quantised at load.
     FolderMaster,
-    /// A GGUF file with I2_S weights.
+    /// A Hugging Face folder with floating-point weights that are ternary already.
+    FolderTernary,
+    /// A GGUF file.
     Gguf,
 }
 
@@ -143,8 +147,8 @@ impl ModelFile {
         folder::check_architecture(&json)?;
         let shards = Shards::open(path)?;
         let has_head = shards.get("lm_head.weight").is_some();
-        let FolderConfig { config, quantization } = FolderConfig::read(&json, has_head)?;
-        let source = FolderModel { shards, quantization };
+        let FolderConfig { config, quantization, sub_norms } = FolderConfig::read(&json, has_head)?;
+        let source = FolderModel { shards, quantization, sub_norms };
         let tensors = Tensors::find(&source, &config)?;
         let generation = Json::read_optional(&path.join("generation_config.json"))?;
         let text = TextParts::from_folder(path, &json, generation.as_ref())?;
@@ -153,6 +157,7 @@ impl ModelFile {
         let format = match quantization {
             Quantization::Packed(_) => ModelFormat::FolderPacked,
             Quantization::Master => ModelFormat::FolderMaster,
+            Quantization::Groups => ModelFormat::FolderTernary,
         };
         Ok(Self::assemble(format, name, config, text, generation, tensors))
     }

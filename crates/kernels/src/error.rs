@@ -53,6 +53,17 @@ pub enum ShapeError {
         /// The scale found.
         bits: u32,
     },
+    /// The number of block scales is not what rows and columns need.
+    ScaleCount {
+        /// Rows of the matrix.
+        rows: usize,
+        /// Columns of the matrix.
+        cols: usize,
+        /// Scales that these need.
+        expected: usize,
+        /// Scales given.
+        found: usize,
+    },
     /// Columns that do not fill whole blocks of a block format.
     Block {
         /// The storage format.
@@ -87,6 +98,10 @@ impl fmt::Display for ShapeError {
             Self::Scale { bits } => {
                 write!(f, "weight scale {} is not finite", f32::from_bits(bits))
             }
+            Self::ScaleCount { rows, cols, expected, found } => write!(
+                f,
+                "a {rows} x {cols} matrix of blocks needs {expected} scales, found {found}"
+            ),
             Self::Block { kind, cols } => write!(
                 f,
                 "{cols} columns do not fill blocks of {kind}; expected a multiple of {}",

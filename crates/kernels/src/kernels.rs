@@ -4,7 +4,7 @@
 use crate::x86_64::avx2::Avx2;
 use crate::{
     AttentionScratch, BLOCK_POSITIONS, ColumnsMut, DenseMatrix, Int8RowMut, Int8Rows, Isa,
-    NonFinite, TernaryMatrix, attention::Shape, scalar,
+    NonFinite, SCALE_BLOCK, TernaryMatrix, attention::Shape, rows::RowFacts, scalar,
 };
 
 /// All arithmetic, in one variant that this CPU is known to have.
@@ -51,17 +51,27 @@ impl Kernels {
     }
 
     /// Quantises a row of activations: `m = max(|x|.., 1e-5)`, `q = round(x * (127 / m))` with
-    /// ties to even, scale `m / 127`. If a value is not finite, the row becomes zeros.
+    /// ties to even, scale `m / 127`; block by block if the row has a scale for each. If a value is
+    /// not finite, the row becomes zeros.
     ///
     /// # Panics
     /// If the lengths differ.
     pub fn quantize(&self, x: &[f32], mut row: Int8RowMut<'_>) -> Result<(), NonFinite> {
         assert_eq!(x.len(), row.cols(), "activations and the row for them");
-        let (values, facts) = row.parts();
-        let quantized = match self.variant {
-            Variant::Scalar => scalar::ternary::quantize(x, values),
-            #[cfg(target_arch = "x86_64")]
-            Variant::Avx2(avx2) => avx2.quantize(x, values),
+        let (values, facts, block_scales) = row.parts();
+        let quantized = if block_scales.is_empty() {
+            self.quantize_values(x, values)
+        } else {
+            let mut whole = Some(RowFacts::default());
+            let blocks = x.chunks(SCALE_BLOCK).zip(values.chunks_mut(SCALE_BLOCK));
+            for ((x, values), scale) in blocks.zip(block_scales.iter_mut()) {
+                let block = self.quantize_values(x, values);
+                *scale = block.map_or(0.0, |facts| facts.scale);
+                whole = whole
+                    .zip(block)
+                    .map(|(whole, block)| RowFacts { scale: 0.0, sum: whole.sum + block.sum });
+            }
+            whole
         };
         *facts = quantized.unwrap_or_default();
         if quantized.is_none() {
@@ -72,8 +82,17 @@ impl Kernels {
         Ok(())
     }
 
+    fn quantize_values(&self, x: &[f32], values: &mut [u8]) -> Option<RowFacts> {
+        match self.variant {
+            Variant::Scalar => scalar::ternary::quantize(x, values),
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx2(avx2) => avx2.quantize(x, values),
+        }
+    }
+
     /// Multiplies the first `n` rows of `x` with the rows of `w` that `out` has columns for:
-    /// `out[t][r] = (sum of w[r] * x[t]) as f32 * (w.scale * x[t].scale)`.
+    /// `out[t][r] = (sum of w[r] * x[t]) as f32 * (w.scale * x[t].scale)`; with a scale for each
+    /// block, `out = fma(sum of the block as f32, scale of the block * x[t].scale, out)` from 0.
     ///
     /// # Panics
     /// If the shapes do not fit.
@@ -81,10 +100,16 @@ impl Kernels {
         assert_eq!(w.cols(), x.cols(), "columns of the weights and of the activations");
         assert!(n <= x.rows() && n <= out.rows(), "{n} rows of {} in {}", x.rows(), out.rows());
         assert!(out.columns().end <= w.rows(), "columns {:?} of {}", out.columns(), w.rows());
+        if let Some(scales) = w.block_scales() {
+            return scalar::ternary::matmul_blocks(w, scales, x, n, out);
+        }
+        let one = n == 0 || x.block_scales(0).is_none();
+        assert!(one, "activations with block scales and a matrix with one scale");
+        let scale = w.scale().expect("a matrix without block scales has one scale");
         match self.variant {
-            Variant::Scalar => scalar::ternary::matmul(w, x, n, out),
+            Variant::Scalar => scalar::ternary::matmul(w, scale, x, n, out),
             #[cfg(target_arch = "x86_64")]
-            Variant::Avx2(avx2) => avx2.ternary_matmul(w, x, n, out),
+            Variant::Avx2(avx2) => avx2.ternary_matmul(w, scale, x, n, out),
         }
     }
 
@@ -164,6 +189,15 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             Variant::Avx2(avx2) => avx2.relu2_mul(gate, up),
         }
+    }
+
+    /// Replaces `gate` by `gate / (1 + exp(-gate)) * up`.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn silu_mul(&self, gate: &mut [f32], up: &[f32]) {
+        assert_eq!(gate.len(), up.len(), "gate and up");
+        scalar::vector::silu_mul(gate, up);
     }
 
     /// Adds `x` to `acc`.

@@ -70,7 +70,7 @@ pub use self::{
     isa::{Isa, UnknownIsa},
     kernels::Kernels,
     matrix::{ColumnsMut, MatrixMut},
-    pack::{TERNARY_BLOCK, TernaryMatrix},
+    pack::{SCALE_BLOCK, TERNARY_BLOCK, TernaryMatrix},
     rows::{Int8RowMut, Int8Rows, Int8RowsMut},
 };
 

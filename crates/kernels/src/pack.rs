@@ -1,11 +1,14 @@
 //! Ternary matrices, four weights a byte.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
 use crate::{AlignedBytes, ShapeError, WeightBytes};
 
 /// Weights of one block; rows are padded to whole blocks.
 pub const TERNARY_BLOCK: usize = 128;
+
+/// Weights along a row that share a scale, in a matrix with more than one.
+pub const SCALE_BLOCK: usize = 64;
 
 /// Bytes of one block.
 pub(crate) const BLOCK_BYTES: usize = TERNARY_BLOCK / 4;
@@ -17,13 +20,20 @@ pub(crate) const MAX_COLS: usize = 1 << 22;
 /// Stored code of weight 0, which also fills padding.
 const ZERO: u8 = 1;
 
-/// A row-major ternary matrix with one scale, packed as drawn in the [crate] documentation.
+/// A row-major ternary matrix, packed as drawn in the [crate] documentation, with one scale or one
+/// for each [`SCALE_BLOCK`] weights of a row.
 #[derive(Clone)]
 pub struct TernaryMatrix {
     rows: usize,
     cols: usize,
-    scale: f32,
+    scales: Scales,
     packed: WeightBytes,
+}
+
+#[derive(Clone)]
+enum Scales {
+    One(f32),
+    Blocks(Arc<[f32]>),
 }
 
 impl TernaryMatrix {
@@ -37,15 +47,45 @@ impl TernaryMatrix {
         scale: f32,
         packed: WeightBytes,
     ) -> Result<Self, ShapeError> {
+        Self::new(rows, cols, Scales::One(scale), packed)
+    }
+
+    /// Returns the matrix of bytes that are packed already, with a scale for each [`SCALE_BLOCK`]
+    /// weights of a row; the last block of a row may be shorter.
+    pub fn from_packed_blocks(
+        rows: usize,
+        cols: usize,
+        scales: Arc<[f32]>,
+        packed: WeightBytes,
+    ) -> Result<Self, ShapeError> {
+        Self::new(rows, cols, Scales::Blocks(scales), packed)
+    }
+
+    fn new(
+        rows: usize,
+        cols: usize,
+        scales: Scales,
+        packed: WeightBytes,
+    ) -> Result<Self, ShapeError> {
         let expected = packed_len(rows, cols)?;
         let found = packed.len();
         if found != expected {
             return Err(ShapeError::Length { rows, cols, expected, found });
         }
-        if !scale.is_finite() {
+        let values = match &scales {
+            Scales::One(scale) => std::slice::from_ref(scale),
+            Scales::Blocks(scales) => {
+                let (expected, found) = (rows * cols.div_ceil(SCALE_BLOCK), scales.len());
+                if found != expected {
+                    return Err(ShapeError::ScaleCount { rows, cols, expected, found });
+                }
+                scales
+            }
+        };
+        if let Some(scale) = values.iter().find(|scale| !scale.is_finite()) {
             return Err(ShapeError::Scale { bits: scale.to_bits() });
         }
-        Ok(Self { rows, cols, scale, packed })
+        Ok(Self { rows, cols, scales, packed })
     }
 
     /// Packs `rows * cols` weights of -1, 0 and 1, given row by row.
@@ -100,9 +140,20 @@ impl TernaryMatrix {
         self.cols
     }
 
-    /// Returns the scale that every weight is multiplied with.
-    pub fn scale(&self) -> f32 {
-        self.scale
+    /// Returns the scale that every weight is multiplied with, `None` if blocks have their own.
+    pub fn scale(&self) -> Option<f32> {
+        match self.scales {
+            Scales::One(scale) => Some(scale),
+            Scales::Blocks(_) => None,
+        }
+    }
+
+    /// Returns the scales of the blocks, row by row, `None` if there is one scale.
+    pub fn block_scales(&self) -> Option<&[f32]> {
+        match &self.scales {
+            Scales::One(_) => None,
+            Scales::Blocks(scales) => Some(scales),
+        }
     }
 
     /// Returns the packed bytes of all rows.
@@ -128,7 +179,13 @@ impl TernaryMatrix {
 
 impl fmt::Debug for TernaryMatrix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "TernaryMatrix({} x {}, scale {})", self.rows, self.cols, self.scale)
+        let (rows, cols) = (self.rows, self.cols);
+        match &self.scales {
+            Scales::One(scale) => write!(f, "TernaryMatrix({rows} x {cols}, scale {scale})"),
+            Scales::Blocks(scales) => {
+                write!(f, "TernaryMatrix({rows} x {cols}, {} scales)", scales.len())
+            }
+        }
     }
 }
 

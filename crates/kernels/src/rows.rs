@@ -2,7 +2,8 @@
 
 use crate::{AlignedBytes, pack};
 
-/// Rows of activations as int8, one scale each: a workspace to be filled by
+/// Rows of activations as int8, with one scale each or one for each
+/// [`SCALE_BLOCK`](crate::SCALE_BLOCK) values: a workspace to be filled by
 /// [`Kernels::quantize`](crate::Kernels::quantize) again and again.
 ///
 /// Values lie in -127..=127; each row is padded with zeros to whole blocks of
@@ -12,6 +13,10 @@ pub struct Int8Rows {
     cols: usize,
     values: AlignedBytes,
     facts: Vec<RowFacts>,
+    /// Scales of the blocks, row by row; empty if rows have one scale each.
+    block_scales: Vec<f32>,
+    /// Scales of a row in `block_scales`.
+    row_blocks: usize,
 }
 
 /// What is known of a quantised row besides its values.
@@ -38,7 +43,20 @@ impl Int8Rows {
             cols,
             values: AlignedBytes::zeroed(rows * pack::padded_cols(cols)),
             facts: vec![RowFacts::default(); rows],
+            block_scales: Vec::new(),
+            row_blocks: 0,
         }
+    }
+
+    /// Returns a workspace whose rows have a scale for each [`SCALE_BLOCK`](crate::SCALE_BLOCK)
+    /// activations, for products with matrices that have such scales too.
+    ///
+    /// # Panics
+    /// As [`Self::new`].
+    pub fn with_blocks(rows: usize, cols: usize) -> Self {
+        let row_blocks = cols.div_ceil(pack::SCALE_BLOCK);
+        let block_scales = vec![0.0; rows * row_blocks];
+        Self { block_scales, row_blocks, ..Self::new(rows, cols) }
     }
 
     /// Returns the number of rows there is room for.
@@ -60,7 +78,8 @@ impl Int8Rows {
         self.row(row)[col].cast_signed()
     }
 
-    /// Returns a row's scale: its largest magnitude, at least 1e-5, over 127.
+    /// Returns a row's scale: its largest magnitude, at least 1e-5, over 127. Meaningless if blocks
+    /// have their own.
     ///
     /// # Panics
     /// If the row does not exist.
@@ -68,9 +87,24 @@ impl Int8Rows {
         self.facts[row].scale
     }
 
+    /// Returns the scales of a row's blocks, `None` if the row has one scale.
+    ///
+    /// # Panics
+    /// If the row does not exist.
+    pub fn block_scales(&self, row: usize) -> Option<&[f32]> {
+        let blocks = self.row_blocks;
+        (blocks > 0).then(|| &self.block_scales[row * blocks..][..blocks])
+    }
+
     /// Returns all rows, to be filled.
     pub fn rows_mut(&mut self) -> Int8RowsMut<'_> {
-        Int8RowsMut { cols: self.cols, values: &mut self.values, facts: &mut self.facts }
+        Int8RowsMut {
+            cols: self.cols,
+            values: &mut self.values,
+            facts: &mut self.facts,
+            block_scales: &mut self.block_scales,
+            row_blocks: self.row_blocks,
+        }
     }
 
     /// Returns all rows in blocks of `rows` rows, the last one maybe shorter.
@@ -78,11 +112,15 @@ impl Int8Rows {
     /// # Panics
     /// If `rows` is zero.
     pub fn chunks_mut(&mut self, rows: usize) -> impl Iterator<Item = Int8RowsMut<'_>> {
-        let cols = self.cols;
-        self.values
-            .chunks_mut(rows * pack::padded_cols(cols))
-            .zip(self.facts.chunks_mut(rows))
-            .map(move |(values, facts)| Int8RowsMut { cols, values, facts })
+        assert!(rows > 0, "blocks of no row");
+        let mut rest = Some(self.rows_mut());
+        std::iter::from_fn(move || {
+            let all = rest.take().filter(|rest| rest.rows() > 0)?;
+            let length = all.rows().min(rows);
+            let (chunk, others) = all.split_at(length);
+            rest = Some(others);
+            Some(chunk)
+        })
     }
 
     /// Returns one row, to be filled.
@@ -90,11 +128,12 @@ impl Int8Rows {
     /// # Panics
     /// If the row does not exist.
     pub fn row_mut(&mut self, row: usize) -> Int8RowMut<'_> {
-        let padded = pack::padded_cols(self.cols);
+        let (padded, blocks) = (pack::padded_cols(self.cols), self.row_blocks);
         Int8RowMut {
             cols: self.cols,
             values: &mut self.values[row * padded..][..padded],
             facts: &mut self.facts[row],
+            block_scales: &mut self.block_scales[row * blocks..][..blocks],
         }
     }
 
@@ -115,6 +154,8 @@ pub struct Int8RowsMut<'a> {
     cols: usize,
     values: &'a mut [u8],
     facts: &'a mut [RowFacts],
+    block_scales: &'a mut [f32],
+    row_blocks: usize,
 }
 
 impl<'a> Int8RowsMut<'a> {
@@ -128,11 +169,19 @@ impl<'a> Int8RowsMut<'a> {
     /// # Panics
     /// If there are fewer rows.
     pub fn split_at(self, rows: usize) -> (Self, Self) {
-        let (values, other_values) = self.values.split_at_mut(rows * pack::padded_cols(self.cols));
-        let (facts, other_facts) = self.facts.split_at_mut(rows);
+        let Self { cols, values, facts, block_scales, row_blocks } = self;
+        let (values, other_values) = values.split_at_mut(rows * pack::padded_cols(cols));
+        let (facts, other_facts) = facts.split_at_mut(rows);
+        let (block_scales, other_scales) = block_scales.split_at_mut(rows * row_blocks);
         (
-            Self { cols: self.cols, values, facts },
-            Self { cols: self.cols, values: other_values, facts: other_facts },
+            Self { cols, values, facts, block_scales, row_blocks },
+            Self {
+                cols,
+                values: other_values,
+                facts: other_facts,
+                block_scales: other_scales,
+                row_blocks,
+            },
         )
     }
 
@@ -141,21 +190,23 @@ impl<'a> Int8RowsMut<'a> {
     /// # Panics
     /// If the row does not exist.
     pub fn row_mut(&mut self, row: usize) -> Int8RowMut<'_> {
-        let padded = pack::padded_cols(self.cols);
+        let (padded, blocks) = (pack::padded_cols(self.cols), self.row_blocks);
         Int8RowMut {
             cols: self.cols,
             values: &mut self.values[row * padded..][..padded],
             facts: &mut self.facts[row],
+            block_scales: &mut self.block_scales[row * blocks..][..blocks],
         }
     }
 
     /// Returns every row of the block in order.
     pub fn into_rows(self) -> impl Iterator<Item = Int8RowMut<'a>> {
-        let cols = self.cols;
-        self.values
-            .chunks_exact_mut(pack::padded_cols(cols))
-            .zip(self.facts)
-            .map(move |(values, facts)| Int8RowMut { cols, values, facts })
+        let Self { cols, values, facts, mut block_scales, row_blocks } = self;
+        values.chunks_exact_mut(pack::padded_cols(cols)).zip(facts).map(move |(values, facts)| {
+            let (row, others) = std::mem::take(&mut block_scales).split_at_mut(row_blocks);
+            block_scales = others;
+            Int8RowMut { cols, values, facts, block_scales: row }
+        })
     }
 }
 
@@ -165,6 +216,7 @@ pub struct Int8RowMut<'a> {
     cols: usize,
     values: &'a mut [u8],
     facts: &'a mut RowFacts,
+    block_scales: &'a mut [f32],
 }
 
 impl Int8RowMut<'_> {
@@ -173,9 +225,10 @@ impl Int8RowMut<'_> {
         self.cols
     }
 
-    /// Returns the values without padding (which stays zero) and the place of the facts.
-    pub(crate) fn parts(&mut self) -> (&mut [u8], &mut RowFacts) {
-        (&mut self.values[..self.cols], self.facts)
+    /// Returns the values without padding (which stays zero), the place of the facts, and those of
+    /// the blocks' scales, none if the row has one scale.
+    pub(crate) fn parts(&mut self) -> (&mut [u8], &mut RowFacts, &mut [f32]) {
+        (&mut self.values[..self.cols], self.facts, self.block_scales)
     }
 }
 

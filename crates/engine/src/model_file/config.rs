@@ -5,8 +5,9 @@ use serde::Serialize;
 use super::error::ModelError;
 
 /// Architectures this version runs, as named in error messages.
-pub(crate) const SUPPORTED: &str =
-    "BitNetForCausalLM (Hugging Face folder), bitnet-b1.58 and bitnet-25 (GGUF)";
+pub(crate) const SUPPORTED: &str = "BitNetForCausalLM, BitnetForCausalLM, LlamaForCausalLM and \
+                                    Qwen3ForCausalLM (Hugging Face folder), bitnet-b1.58, \
+                                    bitnet-25, bitnet, llama and qwen3 (GGUF)";
 
 /// Upper bound for hidden and intermediate sizes.
 ///
@@ -26,15 +27,116 @@ const MAX_HEAD_DIM: usize = 1 << 12;
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Architecture {
-    /// BitNet b1.58: squared ReLU, gated MLP, norms before the attention output and the down
-    /// projection, one scale per ternary matrix, 8-bit activations per token.
+    /// BitNet b1.58: norms before the attention output and the down projection.
     BitNet,
+    /// Llama: no norms but the two at the start of attention and MLP.
+    Llama,
+    /// Qwen 3: as Llama, with a norm over each query and key head before the rotation.
+    Qwen3,
 }
 
 impl std::fmt::Display for Architecture {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::BitNet => "bitnet",
+            Self::Llama => "llama",
+            Self::Qwen3 => "qwen3",
+        })
+    }
+}
+
+/// What the MLP does to its gate.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Activation {
+    /// Squared ReLU: `max(x, 0)^2`.
+    Relu2,
+    /// SiLU: `x / (1 + exp(-x))`.
+    Silu,
+}
+
+impl std::fmt::Display for Activation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Relu2 => "relu2",
+            Self::Silu => "silu",
+        })
+    }
+}
+
+/// How the inputs of ternary products become 8-bit integers.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ActivationScheme {
+    /// One scale per token, as BitNet models are trained.
+    Token,
+    /// One scale per 64 inputs, for ternary models trained with floating-point activations.
+    Block64,
+}
+
+impl std::fmt::Display for ActivationScheme {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Token => "token",
+            Self::Block64 => "block of 64",
+        })
+    }
+}
+
+/// How the rotary frequencies are changed for contexts beyond those of the first training.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RopeScaling {
+    /// Not at all.
+    None,
+    /// All are divided by one factor.
+    Linear {
+        /// The factor.
+        factor: f32,
+    },
+    /// Low frequencies are divided by a factor, high ones kept, those between interpolated.
+    Llama3 {
+        /// The factor.
+        factor: f32,
+        /// Wavelengths above `original_context / low_freq_factor` are low frequencies.
+        low_freq_factor: f32,
+        /// Wavelengths below `original_context / high_freq_factor` are high frequencies.
+        high_freq_factor: f32,
+        /// Positions of the first training.
+        original_context: usize,
+    },
+    /// YaRN: as Llama 3 with a linear ramp over the dimensions, and scaled attention.
+    Yarn {
+        /// The factor.
+        factor: f32,
+        /// Rotations over the original context above which a frequency is kept.
+        beta_fast: f32,
+        /// Rotations below which a frequency is divided.
+        beta_slow: f32,
+        /// Factor on cosines and sines.
+        attention_factor: f32,
+        /// Positions of the first training.
+        original_context: usize,
+    },
+    /// Each frequency is divided by its own factor (`rope_freqs.weight` of a GGUF file).
+    Factors(
+        /// One factor per pair of a head.
+        Vec<f32>,
+    ),
+}
+
+impl std::fmt::Display for RopeScaling {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::BitNet => f.write_str("bitnet"),
+            Self::None => f.write_str("none"),
+            Self::Linear { factor } => write!(f, "linear by {factor}"),
+            Self::Llama3 { factor, original_context, .. } => {
+                write!(f, "llama3 by {factor} from {original_context}")
+            }
+            Self::Yarn { factor, original_context, .. } => {
+                write!(f, "yarn by {factor} from {original_context}")
+            }
+            Self::Factors(factors) => write!(f, "{} factors of its own", factors.len()),
         }
     }
 }
@@ -60,8 +162,14 @@ pub struct ModelConfig {
     pub vocab: usize,
     /// Positions the model was made for.
     pub context: usize,
+    /// Gate function of the MLP.
+    pub activation: Activation,
+    /// Quantisation of the inputs of ternary products.
+    pub activations: ActivationScheme,
     /// Base of the rotary frequencies.
     pub rope_theta: f32,
+    /// Change of the rotary frequencies.
+    pub rope_scaling: RopeScaling,
     /// Epsilon of every RMS norm.
     pub rms_eps: f32,
     /// Whether the head is the embedding matrix.
@@ -122,7 +230,60 @@ impl ModelConfig {
                 return Err(ModelError::config(file, name, value, expected));
             }
         }
-        Ok(())
+        self.check_rope(file)
+    }
+
+    /// Refuses scalings that give no frequencies.
+    fn check_rope(&self, file: &str) -> Result<(), ModelError> {
+        let positive = |name: &str, value: f32| {
+            if value.is_finite() && value > 0.0 {
+                return Ok(());
+            }
+            Err(ModelError::config(file, name, value, "a positive finite number"))
+        };
+        let original = |context: usize| {
+            if (1..=MAX_CONTEXT).contains(&context) {
+                return Ok(());
+            }
+            let expected = format!("1 to {MAX_CONTEXT}");
+            Err(ModelError::config(file, "original context length", context, expected))
+        };
+        match &self.rope_scaling {
+            RopeScaling::None => Ok(()),
+            RopeScaling::Linear { factor } => positive("rope scaling factor", *factor),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+                positive("rope scaling factor", *factor)?;
+                positive("low_freq_factor", *low_freq_factor)?;
+                positive("high_freq_factor", *high_freq_factor)?;
+                if high_freq_factor <= low_freq_factor {
+                    let expected = format!("above low_freq_factor {low_freq_factor}");
+                    let found = high_freq_factor;
+                    return Err(ModelError::config(file, "high_freq_factor", found, expected));
+                }
+                original(*original_context)
+            }
+            RopeScaling::Yarn {
+                factor,
+                beta_fast,
+                beta_slow,
+                attention_factor,
+                original_context,
+            } => {
+                positive("rope scaling factor", *factor)?;
+                positive("beta_fast", *beta_fast)?;
+                positive("beta_slow", *beta_slow)?;
+                positive("attention_factor", *attention_factor)?;
+                original(*original_context)
+            }
+            RopeScaling::Factors(factors) => {
+                if factors.len() != self.head_dim / 2 {
+                    let expected = format!("{}, one per pair of a head", self.head_dim / 2);
+                    let found = format!("{} factors", factors.len());
+                    return Err(ModelError::config(file, "rope_freqs.weight", found, expected));
+                }
+                factors.iter().try_for_each(|factor| positive("rope_freqs.weight", *factor))
+            }
+        }
     }
 }
 
@@ -156,11 +317,16 @@ pub struct GenerationDefaults {
     pub top_k: u32,
     /// Probability mass kept; 1 keeps all.
     pub top_p: f32,
+    /// Least probability kept, relative to the most probable token; 0 keeps all.
+    pub min_p: f32,
+    /// Divides the logits of tokens already seen; 1 changes nothing.
+    pub repetition_penalty: f32,
 }
 
 impl GenerationDefaults {
     /// The model's distribution as it is.
-    pub const PLAIN: Self = Self { temperature: 1.0, top_k: 0, top_p: 1.0 };
+    pub const PLAIN: Self =
+        Self { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0 };
     /// The most probable token, always.
     pub const GREEDY: Self = Self { temperature: 0.0, ..Self::PLAIN };
 
@@ -173,6 +339,14 @@ impl GenerationDefaults {
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
             let expected = "above 0 and at most 1";
             return Err(ModelError::config(file, "top_p", self.top_p, expected));
+        }
+        if !(0.0..=1.0).contains(&self.min_p) {
+            return Err(ModelError::config(file, "min_p", self.min_p, "0 to 1"));
+        }
+        let penalty = self.repetition_penalty;
+        if !(penalty.is_finite() && penalty > 0.0) {
+            let expected = "a positive finite number";
+            return Err(ModelError::config(file, "repetition_penalty", penalty, expected));
         }
         Ok(())
     }

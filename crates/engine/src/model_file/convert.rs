@@ -12,7 +12,10 @@ use super::output::{OutputFile, Progress};
 use super::tensors::{Part, Storage, Tensor};
 use super::ternary::{BLOCK, BLOCK_BYTES, I2S_TAIL, pack_codes, unpack_codes};
 use super::tokenizer::TextParts;
-use super::{ModelConfig, ModelFile};
+use super::{
+    Activation, ActivationScheme, Architecture, GenerationDefaults, ModelConfig, ModelFile,
+    RopeScaling,
+};
 
 /// Architecture name of the files written, as bitnet.cpp knows it.
 pub(crate) const ARCHITECTURE: &str = "bitnet-b1.58";
@@ -44,6 +47,7 @@ pub fn to_gguf(
     options: &ConvertOptions,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<u64, ModelError> {
+    check_expressible(model)?;
     let metadata = metadata(model, options.name.as_deref().unwrap_or(&model.name));
     let (plans, sources): (Vec<_>, Vec<_>) = plan(model).into_iter().unzip();
     let layout = Layout::new(&metadata, &plans)?;
@@ -61,6 +65,26 @@ pub fn to_gguf(
     })
 }
 
+/// Refuses what a file with the architecture written would not say.
+fn check_expressible(model: &ModelFile) -> Result<(), ModelError> {
+    let ModelConfig { architecture, activation, rope_scaling, activations, .. } = &model.config;
+    let written = (*architecture, *activation, *activations, rope_scaling);
+    let expected =
+        (Architecture::BitNet, Activation::Relu2, ActivationScheme::Token, &RopeScaling::None);
+    if written == expected {
+        return Ok(());
+    }
+    Err(ModelError::Unwritable {
+        what: format!(
+            "{architecture} with {activation}, int8 per {activations}, rotary scaling \
+             {rope_scaling}"
+        ),
+        problem: "converting supports BitNet with relu2 and no rotary scaling; the model can be \
+                  used as it is"
+            .to_owned(),
+    })
+}
+
 /// Returns the metadata of a converted model.
 fn metadata(model: &ModelFile, name: &str) -> Metadata {
     let mut metadata = Metadata::default();
@@ -70,6 +94,20 @@ fn metadata(model: &ModelFile, name: &str) -> Metadata {
     // llama.cpp reads this one as signed; beyond its range all tokens are kept anyway.
     metadata.i32(sampling::TOP_K, i32::try_from(model.generation.top_k).unwrap_or(i32::MAX));
     metadata.f32(sampling::TOP_P, model.generation.top_p);
+    // Left out where they are off, as other programs do.
+    let plain = GenerationDefaults::PLAIN;
+    for (key, value, off) in [
+        (sampling::MIN_P, model.generation.min_p, plain.min_p),
+        (
+            sampling::REPETITION_PENALTY,
+            model.generation.repetition_penalty,
+            plain.repetition_penalty,
+        ),
+    ] {
+        if value.to_bits() != off.to_bits() {
+            metadata.f32(key, value);
+        }
+    }
     let text = TextParts {
         tokenizer: model.tokenizer.clone(),
         special: model.special.clone(),
@@ -118,6 +156,7 @@ fn plan(model: &ModelFile) -> Vec<(TensorPlan, &Tensor)> {
         cols: tensor.cols,
         kind: match tensor.storage {
             Storage::Dense(kind) => dense_number(kind),
+            Storage::Q4_0 => types::Q4_0,
             _ => types::I2_S,
         },
     };
@@ -129,8 +168,9 @@ fn plan(model: &ModelFile) -> Vec<(TensorPlan, &Tensor)> {
     };
     let mut plans = vec![(matrix("token_embd.weight", &tensors.embed), &tensors.embed)];
     for (index, layer) in tensors.layers.iter().enumerate() {
-        for part in Part::ALL {
-            let (name, tensor) = (format!("blk.{index}.{}", part.gguf_name()), layer.get(part));
+        for part in Part::of(model.config.architecture) {
+            let Some(tensor) = layer.get(part) else { continue };
+            let name = format!("blk.{index}.{}", part.gguf_name());
             let plan = match part.matrix(&model.config) {
                 Some(_) => matrix(&name, tensor),
                 None => vector(name, tensor),
@@ -175,6 +215,10 @@ fn write_i2s(matrix: &TernaryMatrix, out: &mut OutputFile<'_>) -> Result<(), Mod
         }
     }
     let mut tail = [0; I2S_TAIL];
-    tail[..4].copy_from_slice(&matrix.scale().to_le_bytes());
+    let scale = matrix.scale().ok_or_else(|| ModelError::Unwritable {
+        what: format!("{matrix:?} as I2_S"),
+        problem: "I2_S has one scale for a matrix; use the model as it is".to_owned(),
+    })?;
+    tail[..4].copy_from_slice(&scale.to_le_bytes());
     out.write(&tail)
 }

@@ -3,7 +3,7 @@
 //! ```text
 //! identity = blake3(header digest, part digests: embed, layer.0, layer.1, .., head)
 //! part     = blake3(tensor digests, in the order of the forward pass)
-//! ternary  = blake3(rows, columns, scale, weights packed as in memory)
+//! ternary  = blake3(rows, columns, scale or scales of blocks, weights packed as in memory)
 //! dense    = blake3(rows, columns, digests of 4096 rows of f32 values each)
 //! ```
 
@@ -17,7 +17,7 @@ use tercet_text::{TokenType, TokenizerSource, Vocabulary};
 use super::error::ModelError;
 use super::tokenizer::derive;
 use super::weights::{HeadWeights, LayerWeights, StageWeights};
-use super::{GenerationDefaults, ModelConfig, ModelFile};
+use super::{GenerationDefaults, ModelConfig, ModelFile, RopeScaling};
 
 /// Rows of a dense matrix hashed together, so that threads can share one matrix.
 const DENSE_CHUNK: usize = 4096;
@@ -90,10 +90,12 @@ impl ModelFile {
         }
         fields.number(self.chat_template.is_some().into());
         fields.bytes(self.chat_template.as_deref().unwrap_or_default().as_bytes());
-        let GenerationDefaults { temperature, top_k, top_p } = self.generation;
-        fields.float(temperature);
+        let GenerationDefaults { temperature, top_k, top_p, min_p, repetition_penalty } =
+            self.generation;
         fields.number(top_k.into());
-        fields.float(top_p);
+        for value in [temperature, top_p, min_p, repetition_penalty] {
+            fields.float(value);
+        }
         fields.finish()
     }
 }
@@ -110,7 +112,10 @@ fn hash_config(fields: &mut Fields, config: &ModelConfig) {
         head_dim,
         vocab,
         context,
+        activation,
+        activations,
         rope_theta,
+        rope_scaling,
         rms_eps,
         tied_head,
     } = config;
@@ -118,9 +123,35 @@ fn hash_config(fields: &mut Fields, config: &ModelConfig) {
     for size in [hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, context] {
         fields.size(*size);
     }
+    fields.bytes(activation.to_string().as_bytes());
+    fields.bytes(activations.to_string().as_bytes());
     fields.float(*rope_theta);
+    hash_rope_scaling(fields, rope_scaling);
     fields.float(*rms_eps);
     fields.number((*tied_head).into());
+}
+
+fn hash_rope_scaling(fields: &mut Fields, scaling: &RopeScaling) {
+    let mut hash = |kind: &str, values: &[f32], context: usize| {
+        fields.bytes(kind.as_bytes());
+        fields.size(values.len());
+        for value in values {
+            fields.float(*value);
+        }
+        fields.size(context);
+    };
+    match scaling {
+        RopeScaling::None => hash("none", &[], 0),
+        RopeScaling::Linear { factor } => hash("linear", &[*factor], 0),
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+            hash("llama3", &[*factor, *low_freq_factor, *high_freq_factor], *original_context);
+        }
+        RopeScaling::Yarn { factor, beta_fast, beta_slow, attention_factor, original_context } => {
+            let values = [*factor, *beta_fast, *beta_slow, *attention_factor];
+            hash("yarn", &values, *original_context);
+        }
+        RopeScaling::Factors(factors) => hash("factors", factors, 0),
+    }
 }
 
 fn hash_tokenizer(fields: &mut Fields, tokenizer: &TokenizerSource) {
@@ -252,7 +283,7 @@ fn part_order(name: &str) -> (u8, u64) {
     }
 }
 
-fn part<const N: usize>(tensors: [Digest; N]) -> Digest {
+fn part(tensors: impl IntoIterator<Item = Digest>) -> Digest {
     let mut fields = Fields::new("part");
     for digest in tensors {
         fields.bytes(&digest);
@@ -266,6 +297,8 @@ fn layer(layer: &LayerWeights) -> Digest {
         q,
         k,
         v,
+        q_norm,
+        k_norm,
         attn_sub_norm,
         o,
         ffn_norm,
@@ -274,19 +307,25 @@ fn layer(layer: &LayerWeights) -> Digest {
         ffn_sub_norm,
         down,
     } = layer;
-    part([
-        vector(attn_norm),
-        ternary(q),
-        ternary(k),
-        ternary(v),
-        vector(attn_sub_norm),
-        ternary(o),
-        vector(ffn_norm),
-        ternary(gate),
-        ternary(up),
-        vector(ffn_sub_norm),
-        ternary(down),
-    ])
+    // A part its family lacks takes no place, so that new parts leave old digests as they are; the
+    // architecture is in the header.
+    let optional = |values: &Option<Vec<f32>>| values.as_deref().map(vector);
+    let tensors = [
+        Some(vector(attn_norm)),
+        Some(ternary(q)),
+        Some(ternary(k)),
+        Some(ternary(v)),
+        optional(q_norm),
+        optional(k_norm),
+        optional(attn_sub_norm),
+        Some(ternary(o)),
+        Some(vector(ffn_norm)),
+        Some(ternary(gate)),
+        Some(ternary(up)),
+        optional(ffn_sub_norm),
+        Some(ternary(down)),
+    ];
+    part(tensors.into_iter().flatten())
 }
 
 fn vector(values: &[f32]) -> Digest {
@@ -302,7 +341,15 @@ fn ternary(matrix: &TernaryMatrix) -> Digest {
     let mut fields = Fields::new("ternary");
     fields.size(matrix.rows());
     fields.size(matrix.cols());
-    fields.float(matrix.scale());
+    match (matrix.scale(), matrix.block_scales()) {
+        (None, Some(scales)) => {
+            fields.bytes(b"blocks");
+            for scale in scales {
+                fields.float(*scale);
+            }
+        }
+        (scale, _) => fields.float(scale.unwrap_or_default()),
+    }
     fields.bytes(matrix.packed());
     fields.finish()
 }

@@ -38,6 +38,7 @@ const MAX_DIMENSIONS: u32 = 4;
 pub(crate) mod types {
     pub(crate) const F32: u32 = 0;
     pub(crate) const F16: u32 = 1;
+    pub(crate) const Q4_0: u32 = 2;
     pub(crate) const Q8_0: u32 = 8;
     pub(crate) const Q6_K: u32 = 14;
     pub(crate) const BF16: u32 = 30;
@@ -51,6 +52,7 @@ pub(crate) mod types {
         match kind {
             F32 => "F32".into(),
             F16 => "F16".into(),
+            Q4_0 => "Q4_0".into(),
             Q8_0 => "Q8_0".into(),
             Q6_K => "Q6_K".into(),
             BF16 => "BF16".into(),
@@ -58,7 +60,17 @@ pub(crate) mod types {
             TQ2_0 => "TQ2_0".into(),
             I2_S => "I2_S".into(),
             Q2_0 => "Q2_0".into(),
-            other => format!("type {other}"),
+            // Types of llama.cpp that are named in messages only.
+            3 => "Q4_1".into(),
+            6 => "Q5_0".into(),
+            7 => "Q5_1".into(),
+            10 => "Q2_K".into(),
+            11 => "Q3_K".into(),
+            12 => "Q4_K".into(),
+            13 => "Q5_K".into(),
+            20 => "IQ4_NL".into(),
+            23 => "IQ4_XS".into(),
+            other => format!("{other}"),
         }
     }
 
@@ -68,6 +80,7 @@ pub(crate) mod types {
         let (block, bytes) = match kind {
             F32 => (1, 4),
             F16 | BF16 => (1, 2),
+            Q4_0 => (32, 18),
             Q8_0 => (32, 34),
             Q6_K => (256, 210),
             TQ1_0 => (256, 54),
@@ -79,9 +92,17 @@ pub(crate) mod types {
             }
             _ => return None,
         };
+        blocks(cols, total, block, bytes)
+    }
+
+    /// [`size`] of a type whose blocks of `block` elements take `bytes` bytes.
+    pub(crate) fn blocks(cols: u64, total: u64, block: u64, bytes: u64) -> Option<u64> {
         cols.is_multiple_of(block).then(|| (total / block).checked_mul(bytes)).flatten()
     }
 }
+
+/// Weights and bytes of a Q2_0 block: of today's files, and of older ones with the same number.
+const Q2_0_BLOCKS: [(u64, u64); 2] = [(64, 18), (128, 34)];
 
 /// One tensor as the header describes it; nothing about its data has been checked.
 #[derive(Debug)]
@@ -96,8 +117,13 @@ pub(crate) struct TensorInfo {
 
 impl TensorInfo {
     /// Returns the row length.
-    pub(crate) fn cols(&self) -> u64 {
+    fn cols(&self) -> u64 {
         self.dimensions.first().copied().unwrap_or(1)
+    }
+
+    /// Returns the number of elements, `None` if it overflows.
+    fn elements(&self) -> Option<u64> {
+        self.dimensions.iter().try_fold(1_u64, |product, size| product.checked_mul(*size))
     }
 }
 
@@ -108,12 +134,14 @@ pub(crate) struct Gguf {
     metadata: BTreeMap<String, Value>,
     tensors: BTreeMap<String, TensorInfo>,
     data_start: u64,
+    /// Weights and bytes of this file's Q2_0 blocks.
+    q2_0: (u64, u64),
 }
 
 impl Gguf {
     /// Parses the header of `file`.
     pub(crate) fn parse(file: FileBytes) -> Result<Self, ModelError> {
-        let (metadata, tensors, data_start) = {
+        let (metadata, tensors, data_start, q2_0) = {
             let mut cursor = Cursor::new(file.bytes(), file.label());
             let (tensor_count, metadata_count) = prologue(&mut cursor)?;
             let metadata = read_metadata(&mut cursor, metadata_count)?;
@@ -130,9 +158,11 @@ impl Gguf {
                     return Err(ModelError::damaged(file.label(), problem));
                 }
             }
-            (metadata, tensors, data_start)
+            let data = (file.bytes().len() as u64).saturating_sub(data_start);
+            let q2_0 = q2_0_block(&tensors, data, alignment);
+            (metadata, tensors, data_start, q2_0)
         };
-        Ok(Self { file, metadata, tensors, data_start })
+        Ok(Self { file, metadata, tensors, data_start, q2_0 })
     }
 
     /// Returns the file's bytes.
@@ -150,6 +180,16 @@ impl Gguf {
         self.tensors.get(name)
     }
 
+    /// Returns all tensors' names and descriptions.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = (&str, &TensorInfo)> {
+        self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
+    }
+
+    /// Returns the weights of this file's Q2_0 blocks: 64, in older files 128.
+    pub(crate) fn q2_0_block(&self) -> usize {
+        if self.q2_0 == Q2_0_BLOCKS[1] { 128 } else { 64 }
+    }
+
     /// Returns the place of a tensor's bytes in the file, checked against its end.
     pub(crate) fn range(
         &self,
@@ -157,21 +197,22 @@ impl Gguf {
         tensor: &TensorInfo,
     ) -> Result<Range<usize>, ModelError> {
         let label = self.file.label();
-        let total = tensor
-            .dimensions
-            .iter()
-            .try_fold(1_u64, |product, dimension| product.checked_mul(*dimension))
-            .ok_or_else(|| {
-                let problem = format!("has dimensions {:?}, too many elements", tensor.dimensions);
-                ModelError::tensor(label, name, problem)
-            })?;
-        let size = types::size(tensor.kind, tensor.cols(), total).ok_or_else(|| {
+        let total = tensor.elements().ok_or_else(|| {
+            let problem = format!("has dimensions {:?}, too many elements", tensor.dimensions);
+            ModelError::tensor(label, name, problem)
+        })?;
+        let size = match tensor.kind {
+            types::Q2_0 => types::blocks(tensor.cols(), total, self.q2_0.0, self.q2_0.1),
+            kind => types::size(kind, tensor.cols(), total),
+        };
+        let size = size.ok_or_else(|| {
             let problem = format!(
                 "of type {} cannot have dimensions {:?}: expected one of the types F32, F16, \
-                 BF16, Q8_0 (rows of 32), Q6_K, TQ1_0, TQ2_0 (rows of 256), Q2_0 (rows of 64), \
-                 I2_S (128 elements in all)",
+                 BF16, Q4_0, Q8_0 (rows of 32), Q6_K, TQ1_0, TQ2_0 (rows of 256), Q2_0 (rows of \
+                 {}), I2_S (128 elements in all)",
                 types::name(tensor.kind),
-                tensor.dimensions
+                tensor.dimensions,
+                self.q2_0.0
             );
             ModelError::tensor(label, name, problem)
         })?;
@@ -210,6 +251,25 @@ impl Gguf {
         }
         Ok(())
     }
+}
+
+/// Returns the Q2_0 block with which every tensor of that type fills the room up to the next tensor,
+/// or to the end of the `data` bytes; today's if none does or there are no such tensors.
+fn q2_0_block(tensors: &BTreeMap<String, TensorInfo>, data: u64, alignment: u64) -> (u64, u64) {
+    let mut offsets: Vec<u64> = tensors.values().map(|tensor| tensor.offset).collect();
+    offsets.sort_unstable();
+    let fills = |(block, bytes): (u64, u64)| {
+        tensors.values().filter(|tensor| tensor.kind == types::Q2_0).all(|tensor| {
+            let next = offsets.partition_point(|offset| *offset <= tensor.offset);
+            let end = offsets.get(next).copied().unwrap_or(data);
+            let room = end.saturating_sub(tensor.offset);
+            let elements = tensor.elements();
+            elements
+                .and_then(|elements| types::blocks(tensor.cols(), elements, block, bytes))
+                .is_some_and(|size| size <= room && room - size < alignment)
+        })
+    };
+    Q2_0_BLOCKS.into_iter().find(|block| fills(*block)).unwrap_or(Q2_0_BLOCKS[0])
 }
 
 /// Reads magic, version and the two counts.

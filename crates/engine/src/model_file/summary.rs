@@ -140,11 +140,14 @@ impl fmt::Display for Summary {
         let ModelConfig { architecture, hidden, intermediate, layers, heads, .. } = &self.config;
         let ModelConfig { kv_heads, head_dim, vocab, context, .. } = &self.config;
         let ModelConfig { rope_theta, rms_eps, tied_head, .. } = &self.config;
-        let GenerationDefaults { temperature, top_k, top_p } = self.generation;
+        let GenerationDefaults { temperature, top_k, top_p, .. } = self.generation;
+        let GenerationDefaults { min_p, repetition_penalty, .. } = self.generation;
+        let ModelConfig { activation, activations, rope_scaling, .. } = &self.config;
         let Totals { tensors, parameters, ternary_parameters, .. } = self.totals;
         let format = match self.format {
             ModelFormat::FolderPacked => "Hugging Face folder, packed ternary",
             ModelFormat::FolderMaster => "Hugging Face folder, training weights",
+            ModelFormat::FolderTernary => "Hugging Face folder, ternary weights as numbers",
             ModelFormat::Gguf => "GGUF",
         };
         let tokenizer = &self.tokenizer;
@@ -157,6 +160,10 @@ impl fmt::Display for Summary {
         )?;
         writeln!(f, "attention   {heads} heads, {kv_heads} key-value heads of {head_dim}")?;
         writeln!(f, "positions   {context}, rotary base {rope_theta}, norm epsilon {rms_eps:e}")?;
+        writeln!(
+            f,
+            "arithmetic  {activation}, int8 per {activations}, rotary scaling {rope_scaling}"
+        )?;
         let head = if *tied_head { "head tied to the embedding" } else { "separate head" };
         writeln!(f, "vocabulary  {vocab}, {head}")?;
         writeln!(
@@ -172,7 +179,11 @@ impl fmt::Display for Summary {
             yes(tokenizer.add_bos),
             tokenizer.eos
         )?;
-        writeln!(f, "sampling    temperature {temperature}, top_k {top_k}, top_p {top_p}")?;
+        writeln!(
+            f,
+            "sampling    temperature {temperature}, top_k {top_k}, top_p {top_p}, min_p {min_p}, \
+             repetition penalty {repetition_penalty}"
+        )?;
         writeln!(
             f,
             "weights     {parameters} ({ternary_parameters} ternary) in {tensors} tensors, {}",

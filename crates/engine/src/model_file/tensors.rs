@@ -1,18 +1,21 @@
-//! The tensors of a BitNet model by role, whatever file they are in.
+//! The tensors of a model by role, whatever file they are in.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use tercet_kernels::{DenseMatrix, DenseType, TernaryMatrix};
+use tercet_kernels::{AlignedBytes, DenseMatrix, DenseType, TernaryMatrix};
 
-use super::config::ModelConfig;
+use super::config::{ActivationScheme, Architecture, ModelConfig};
 use super::error::ModelError;
 use super::folder::PackedScale;
 use super::folder::shards::Entry;
 use super::mapping::FileBytes;
-use super::ternary;
+use super::ternary::{self, blocks, master};
 use super::weights::LayerWeights;
+
+/// Bytes of a Q4_0 block: a scale and 32 codes of 4 bits.
+const Q4_0_BYTES: usize = 18;
 
 /// What a tensor is for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -30,6 +33,8 @@ pub(crate) enum Part {
     Q,
     K,
     V,
+    QNorm,
+    KNorm,
     AttnSubNorm,
     O,
     FfnNorm,
@@ -40,12 +45,14 @@ pub(crate) enum Part {
 }
 
 impl Part {
-    /// All parts, in order.
-    pub(crate) const ALL: [Self; 11] = [
+    /// The parts of every family, in order.
+    pub(crate) const ALL: [Self; 13] = [
         Self::AttnNorm,
         Self::Q,
         Self::K,
         Self::V,
+        Self::QNorm,
+        Self::KNorm,
         Self::AttnSubNorm,
         Self::O,
         Self::FfnNorm,
@@ -54,6 +61,20 @@ impl Part {
         Self::FfnSubNorm,
         Self::Down,
     ];
+
+    /// Returns the parts a family has, in order.
+    pub(crate) fn of(architecture: Architecture) -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(move |part| match part {
+            Self::AttnSubNorm | Self::FfnSubNorm => architecture == Architecture::BitNet,
+            Self::QNorm | Self::KNorm => architecture == Architecture::Qwen3,
+            _ => true,
+        })
+    }
+
+    /// Whether the part is a matrix, not a norm.
+    pub(crate) fn is_matrix(self) -> bool {
+        matches!(self, Self::Q | Self::K | Self::V | Self::O | Self::Gate | Self::Up | Self::Down)
+    }
 
     /// Returns rows and columns of a matrix, `None` for a norm.
     pub(crate) fn matrix(self, config: &ModelConfig) -> Option<(usize, usize)> {
@@ -65,6 +86,7 @@ impl Part {
             Self::Gate | Self::Up => Some((intermediate, hidden)),
             Self::Down => Some((hidden, intermediate)),
             Self::AttnNorm | Self::AttnSubNorm | Self::FfnNorm | Self::FfnSubNorm => None,
+            Self::QNorm | Self::KNorm => None,
         }
     }
 
@@ -75,6 +97,7 @@ impl Part {
             Self::FfnSubNorm | Self::Down => config.intermediate,
             Self::AttnNorm | Self::FfnNorm => config.hidden,
             Self::Q | Self::K | Self::V | Self::Gate | Self::Up => config.hidden,
+            Self::QNorm | Self::KNorm => config.head_dim,
         }
     }
 
@@ -85,6 +108,8 @@ impl Part {
             Self::Q => "attn_q.weight",
             Self::K => "attn_k.weight",
             Self::V => "attn_v.weight",
+            Self::QNorm => "attn_q_norm.weight",
+            Self::KNorm => "attn_k_norm.weight",
             Self::AttnSubNorm => "attn_sub_norm.weight",
             Self::O => "attn_output.weight",
             Self::FfnNorm => "ffn_norm.weight",
@@ -102,6 +127,8 @@ impl Part {
             Self::Q => "self_attn.q_proj.weight",
             Self::K => "self_attn.k_proj.weight",
             Self::V => "self_attn.v_proj.weight",
+            Self::QNorm => "self_attn.q_norm.weight",
+            Self::KNorm => "self_attn.k_norm.weight",
             Self::AttnSubNorm => "self_attn.attn_sub_norm.weight",
             Self::O => "self_attn.o_proj.weight",
             Self::FfnNorm => "post_attention_layernorm.weight",
@@ -118,8 +145,19 @@ impl Part {
 pub(crate) enum Storage {
     /// Numbers, plain or in blocks.
     Dense(DenseType),
+    /// Numbers in blocks of 32 with 4 bits each; Q8_0 once loaded, which holds the same values.
+    Q4_0,
     /// Ternary, four to a byte in blocks of 128 through the flattened tensor, scale at the end.
     I2S,
+    /// Ternary, five to a byte in blocks of 256 with a scale each.
+    Tq1_0,
+    /// Ternary, four to a byte in blocks of 256 with a scale each.
+    Tq2_0,
+    /// Ternary, four to a byte in blocks with a scale each.
+    Q2_0 {
+        /// Weights of a block: 64, in older files 128.
+        block: usize,
+    },
     /// Ternary, four to a byte along the rows, the scale in a tensor of its own.
     Packed {
         /// The tensor with the scale.
@@ -129,6 +167,11 @@ pub(crate) enum Storage {
     },
     /// Numbers to be made ternary at load.
     Master(DenseType),
+    /// Numbers that are ternary already, with one scale; numbers to be made ternary if they are
+    /// not.
+    MasterOrTernary(DenseType),
+    /// Numbers that are ternary already, with a scale for each 64 along a row.
+    Groups(DenseType),
 }
 
 impl Storage {
@@ -136,15 +179,20 @@ impl Storage {
     pub(crate) fn name(&self) -> String {
         match self {
             Self::Dense(kind) => kind.to_string(),
+            Self::Q4_0 => "Q4_0".to_owned(),
             Self::I2S => "I2_S".to_owned(),
+            Self::Tq1_0 => "TQ1_0".to_owned(),
+            Self::Tq2_0 => "TQ2_0".to_owned(),
+            Self::Q2_0 { block } => format!("Q2_0 ({block})"),
             Self::Packed { .. } => "packed ternary".to_owned(),
-            Self::Master(kind) => format!("{kind} master"),
+            Self::Master(kind) | Self::MasterOrTernary(kind) => format!("{kind} master"),
+            Self::Groups(kind) => format!("{kind} ternary"),
         }
     }
 
     /// Whether the tensor becomes ternary.
     pub(crate) fn is_ternary(&self) -> bool {
-        !matches!(self, Self::Dense(_))
+        !matches!(self, Self::Dense(_) | Self::Q4_0)
     }
 }
 
@@ -164,12 +212,31 @@ pub(crate) struct Tensor {
     pub(crate) cols: usize,
     /// How elements are stored.
     pub(crate) storage: Storage,
+    /// How the inputs of the product are quantised, which decides whether scales of blocks stay
+    /// apart.
+    pub(crate) activations: ActivationScheme,
+    /// Width of the heads whose rows are stored pair by pair, as `llama` files do for the queries
+    /// and keys.
+    pub(crate) paired_heads: Option<usize>,
+    /// A factor on all scales, from a tensor of its own.
+    pub(crate) factor: Option<f32>,
 }
 
 impl Tensor {
     /// Returns the bytes as stored.
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.file.bytes()[self.range.clone()]
+    }
+
+    /// Returns the row of the file that holds a row of the matrix.
+    ///
+    /// Rotation pairs element `i` of a head with element `i + width / 2`; where pairs are stored
+    /// side by side, they are rows `2 * i` and `2 * i + 1`.
+    pub(crate) fn stored_row(&self, row: usize) -> usize {
+        let Some(width) = self.paired_heads else { return row };
+        let (head, inside) = (row / width, row % width);
+        let (second, pair) = (inside / (width / 2), inside % (width / 2));
+        head * width + 2 * pair + second
     }
 
     /// Returns an error about this tensor.
@@ -192,13 +259,14 @@ impl Tensor {
         }
     }
 
-    /// Returns the matrix, in place.
+    /// Returns the matrix, in place unless it is stored as Q4_0.
     pub(crate) fn read_dense(&self) -> Result<Arc<DenseMatrix>, ModelError> {
-        let Storage::Dense(kind) = &self.storage else {
-            return Err(self.error(format!("has type {}, not dense", self.storage.name())));
+        let (kind, bytes) = match &self.storage {
+            Storage::Dense(kind) => (*kind, self.file.share(self.range.clone())),
+            Storage::Q4_0 => (DenseType::Q8_0, q8_0_of_q4_0(self.bytes()).into()),
+            other => return Err(self.error(format!("has type {}, not dense", other.name()))),
         };
-        let bytes = self.file.share(self.range.clone());
-        DenseMatrix::new(*kind, self.rows, self.cols, bytes)
+        DenseMatrix::new(kind, self.rows, self.cols, bytes)
             .map(Arc::new)
             .map_err(|error| self.error(format!("does not fit its shape: {error}")))
     }
@@ -207,11 +275,38 @@ impl Tensor {
     pub(crate) fn read_ternary(&self) -> Result<TernaryMatrix, ModelError> {
         match &self.storage {
             Storage::I2S => ternary::read_i2s(self),
+            Storage::Tq1_0 => blocks::read_tq1_0(self),
+            Storage::Tq2_0 => blocks::read_tq2_0(self),
+            Storage::Q2_0 { block } => blocks::read_q2_0(self, *block),
             Storage::Packed { scale, rule } => ternary::read_packed(self, scale, *rule),
-            Storage::Master(kind) => ternary::read_master(self, *kind),
-            Storage::Dense(kind) => Err(self.error(format!("has type {kind}, not ternary"))),
+            Storage::Master(kind) => master::read(self, *kind),
+            Storage::MasterOrTernary(kind) => match master::one_scale(self, *kind)? {
+                Some(scale) => master::read_scaled(self, *kind, scale),
+                None => master::read(self, *kind),
+            },
+            Storage::Groups(kind) => blocks::read_groups(self, *kind),
+            Storage::Dense(_) | Storage::Q4_0 => {
+                Err(self.error(format!("has type {}, not ternary", self.storage.name())))
+            }
         }
     }
+}
+
+/// Returns Q8_0 blocks of the same values: the scale stays, codes become whole numbers.
+fn q8_0_of_q4_0(bytes: &[u8]) -> AlignedBytes {
+    let blocks = bytes.chunks_exact(Q4_0_BYTES);
+    let mut result = AlignedBytes::zeroed(blocks.len() * DenseType::Q8_0.block_bytes());
+    for (out, block) in result.chunks_exact_mut(DenseType::Q8_0.block_bytes()).zip(blocks) {
+        let (scale, codes) = block.split_at(2);
+        out[..2].copy_from_slice(scale);
+        // Byte p holds elements p and 16 + p; a code is the value plus 8.
+        let (low, high) = out[2..].split_at_mut(16);
+        for ((low, high), byte) in low.iter_mut().zip(high).zip(codes) {
+            *low = (byte & 15).wrapping_sub(8);
+            *high = (byte >> 4).wrapping_sub(8);
+        }
+    }
+    result
 }
 
 /// Reads plain floating-point numbers, `None` if the type is a block format.
@@ -272,7 +367,7 @@ impl Tensors {
 
     /// Returns all tensors in the order of the forward pass.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Tensor> {
-        let layers = self.layers.iter().flat_map(|layer| layer.0.iter());
+        let layers = self.layers.iter().flat_map(|layer| layer.0.iter().flatten());
         std::iter::once(&self.embed)
             .chain(layers)
             .chain(std::iter::once(&self.norm))
@@ -280,26 +375,26 @@ impl Tensors {
     }
 }
 
-/// The tensors of one layer, in the order of [`Part::ALL`].
+/// The tensors of one layer, in the order of [`Part::ALL`]; those its family lacks are absent.
 #[derive(Debug)]
-pub(crate) struct LayerTensors([Tensor; Part::ALL.len()]);
+pub(crate) struct LayerTensors([Option<Tensor>; Part::ALL.len()]);
 
 impl LayerTensors {
     fn find(source: &impl Source, config: &ModelConfig, layer: usize) -> Result<Self, ModelError> {
-        let mut found = Vec::with_capacity(Part::ALL.len());
-        for part in Part::ALL {
+        let mut found = [const { None }; Part::ALL.len()];
+        for part in Part::of(config.architecture) {
             let role = Role::Layer(layer, part);
-            found.push(match part.matrix(config) {
+            found[part as usize] = Some(match part.matrix(config) {
                 Some((rows, cols)) => source.ternary(role, rows, cols)?,
                 None => source.vector(role, part.width(config))?,
             });
         }
-        Ok(Self(found.try_into().expect("one tensor per part")))
+        Ok(Self(found))
     }
 
-    /// Returns one tensor.
-    pub(crate) fn get(&self, part: Part) -> &Tensor {
-        &self.0[part as usize]
+    /// Returns one tensor, `None` if the family has no such part.
+    pub(crate) fn get(&self, part: Part) -> Option<&Tensor> {
+        self.0[part as usize].as_ref()
     }
 
     /// Returns the bytes in the file.
@@ -309,19 +404,23 @@ impl LayerTensors {
 
     /// Reads the layer.
     pub(crate) fn load(&self) -> Result<LayerWeights, ModelError> {
-        let vector = |part| self.get(part).read_vector();
-        let matrix = |part| self.get(part).read_ternary();
+        let tensor = |part| self.get(part).expect("every family has this part");
+        let vector = |part| tensor(part).read_vector();
+        let optional = |part| self.get(part).map(Tensor::read_vector).transpose();
+        let matrix = |part| tensor(part).read_ternary();
         Ok(LayerWeights {
             attn_norm: vector(Part::AttnNorm)?,
             q: matrix(Part::Q)?,
             k: matrix(Part::K)?,
             v: matrix(Part::V)?,
-            attn_sub_norm: vector(Part::AttnSubNorm)?,
+            q_norm: optional(Part::QNorm)?,
+            k_norm: optional(Part::KNorm)?,
+            attn_sub_norm: optional(Part::AttnSubNorm)?,
             o: matrix(Part::O)?,
             ffn_norm: vector(Part::FfnNorm)?,
             gate: matrix(Part::Gate)?,
             up: matrix(Part::Up)?,
-            ffn_sub_norm: vector(Part::FfnSubNorm)?,
+            ffn_sub_norm: optional(Part::FfnSubNorm)?,
             down: matrix(Part::Down)?,
         })
     }

@@ -1,6 +1,9 @@
 //! Ternary matrices from every storage this version reads.
 
-use tercet_kernels::{AlignedBytes, DenseType, TernaryMatrix, WeightBytes};
+pub(crate) mod blocks;
+pub(crate) mod master;
+
+use tercet_kernels::{AlignedBytes, DenseType, ShapeError, TernaryMatrix, WeightBytes};
 
 use super::error::ModelError;
 use super::folder::PackedScale;
@@ -15,8 +18,6 @@ pub(crate) const BLOCK_BYTES: usize = 32;
 pub(crate) const I2S_TAIL: usize = 32;
 /// Code of weight 0.
 const ZERO: u8 = 1;
-/// Smallest scale absmean gives, as in training.
-const MIN_ABSMEAN: f64 = 1e-5;
 
 /// Packs codes (weight + 1) of a whole number of blocks: byte `p` of a block holds elements `p`,
 /// `32 + p`, `64 + p` and `96 + p`, highest bits first.
@@ -66,11 +67,12 @@ impl Packer {
     }
 
     /// Appends the row that `fill` writes as codes.
-    fn push(&mut self, fill: impl FnOnce(&mut [u8])) {
-        fill(&mut self.codes[..self.cols]);
+    fn push<E>(&mut self, fill: impl FnOnce(&mut [u8]) -> Result<(), E>) -> Result<(), E> {
+        fill(&mut self.codes[..self.cols])?;
         let length = self.codes.len() / 4;
         pack_codes(&self.codes, &mut self.packed[self.filled..self.filled + length]);
         self.filled += length;
+        Ok(())
     }
 }
 
@@ -79,7 +81,26 @@ fn finish(tensor: &Tensor, scale: f32, packed: WeightBytes) -> Result<TernaryMat
     if !(scale.is_finite() && scale > 0.0) {
         return Err(tensor.error(format!("has the scale {scale}, expected a positive number")));
     }
-    let matrix = TernaryMatrix::from_packed(tensor.rows, tensor.cols, scale, packed);
+    let scale = scaled(tensor, scale)?;
+    check(tensor, TernaryMatrix::from_packed(tensor.rows, tensor.cols, scale, packed))
+}
+
+/// Multiplies a scale with the tensor's factor, if it has one.
+fn scaled(tensor: &Tensor, scale: f32) -> Result<f32, ModelError> {
+    let Some(factor) = tensor.factor else { return Ok(scale) };
+    let product = scale * factor;
+    if product.is_finite() && (product > 0.0 || scale == 0.0) {
+        return Ok(product);
+    }
+    let problem = format!("has the scale {scale} and the factor {factor}, a product out of range");
+    Err(tensor.error(problem))
+}
+
+/// Checks shape and codes of a matrix.
+fn check(
+    tensor: &Tensor,
+    matrix: Result<TernaryMatrix, ShapeError>,
+) -> Result<TernaryMatrix, ModelError> {
     let matrix =
         matrix.map_err(|error| tensor.error(format!("does not fit its shape: {error}")))?;
     matrix.validate().map_err(|error| tensor.error(format!("is damaged: {error}")))?;
@@ -89,38 +110,37 @@ fn finish(tensor: &Tensor, scale: f32, packed: WeightBytes) -> Result<TernaryMat
 /// Reads I2_S. Rows of whole blocks are used where they are; others are repacked, since blocks of
 /// the file then run across rows.
 pub(crate) fn read_i2s(tensor: &Tensor) -> Result<TernaryMatrix, ModelError> {
+    let (rows, cols) = (tensor.rows, tensor.cols);
     let bytes = tensor.bytes();
     let (elements, tail) = bytes.split_at(bytes.len() - I2S_TAIL);
     let scale = tail.first_chunk().map_or(f32::NAN, |bytes| f32::from_le_bytes(*bytes));
-    if tensor.cols.is_multiple_of(BLOCK) {
-        let range = tensor.range.start..tensor.range.end - I2S_TAIL;
-        return finish(tensor, scale, tensor.file.share(range));
-    }
-    let mut packer = Packer::new(tensor.rows, tensor.cols);
-    let mut unpacked = [0; BLOCK];
-    // Codes of the current block that no row has taken yet.
-    let mut rest: &[u8] = &[];
-    let mut blocks = elements.chunks_exact(BLOCK_BYTES);
-    let mut row = vec![0; tensor.cols];
-    for _ in 0..tensor.rows {
-        let mut filled = 0;
-        while filled < tensor.cols {
-            if rest.is_empty() {
-                let Some(block) = blocks.next() else {
-                    return Err(tensor.error("ends before its last row"));
-                };
-                unpack_codes(block, &mut unpacked);
-                rest = &unpacked;
-            }
-            let take = rest.len().min(tensor.cols - filled);
-            let (taken, left) = rest.split_at(take);
-            row[filled..filled + take].copy_from_slice(taken);
-            filled += take;
-            rest = left;
+    if cols.is_multiple_of(BLOCK) {
+        if tensor.paired_heads.is_none() {
+            let range = tensor.range.start..tensor.range.end - I2S_TAIL;
+            return finish(tensor, scale, tensor.file.share(range));
         }
-        packer.push(|codes| codes.copy_from_slice(&row));
+        let mut packed = AlignedBytes::zeroed(elements.len());
+        for (row, out) in packed.chunks_exact_mut(cols / 4).enumerate() {
+            out.copy_from_slice(&elements[tensor.stored_row(row) * (cols / 4)..][..cols / 4]);
+        }
+        return finish(tensor, scale, packed.into());
     }
-    finish(tensor, scale, WeightBytes::owned(packer.packed))
+    let mut packer = Packer::new(rows, cols);
+    // A row may begin and end inside blocks; these are all it touches.
+    let mut codes = vec![0; (cols.div_ceil(BLOCK) + 1) * BLOCK];
+    for row in 0..rows {
+        let start = tensor.stored_row(row) * cols;
+        let (first, end) = (start / BLOCK, (start + cols).div_ceil(BLOCK));
+        let Some(blocks) = elements.get(first * BLOCK_BYTES..end * BLOCK_BYTES) else {
+            return Err(tensor.error("ends before its last row"));
+        };
+        unpack_codes(blocks, &mut codes);
+        packer.push(|row| {
+            row.copy_from_slice(&codes[start - first * BLOCK..][..cols]);
+            Ok::<_, ModelError>(())
+        })?;
+    }
+    finish(tensor, scale, packer.packed.into())
 }
 
 /// Reads the packing of transformers: output row `i * n + p` is in bits `2i` of byte row `p` of
@@ -156,65 +176,10 @@ pub(crate) fn read_packed(
             for (code, byte) in codes.iter_mut().zip(source) {
                 *code = byte >> shift & 3;
             }
-        });
+            Ok::<_, ModelError>(())
+        })?;
     }
-    finish(tensor, scale, WeightBytes::owned(packer.packed))
-}
-
-/// Quantises training weights: `scale = max(mean |w|, 1e-5)`, weight `clamp(round(w / scale))`,
-/// ties to even.
-///
-/// The mean is summed in f64 by 16 lanes, lane `i` taking elements `i`, `i + 16`, ..., folded in
-/// the order 8, 4, 2, 1: one fixed order that also runs at memory speed.
-pub(crate) fn read_master(tensor: &Tensor, kind: DenseType) -> Result<TernaryMatrix, ModelError> {
-    let row_bytes = tensor.bytes().len() / tensor.rows;
-    let rows = || tensor.bytes().chunks_exact(row_bytes);
-    let floats = |row: &[u8]| {
-        read_floats(kind, row).ok_or_else(|| tensor.error("is not of a floating-point type"))
-    };
-    let mut lanes = [0.0_f64; 16];
-    let mut at = 0;
-    for row in rows() {
-        let values = floats(row)?;
-        // A row may begin in any lane; from lane 0 on, whole groups go through all of them.
-        let (begin, rest) = values.split_at(values.len().min((16 - at % 16) % 16));
-        for (lane, value) in lanes[at % 16..].iter_mut().zip(begin) {
-            *lane += f64::from(*value).abs();
-        }
-        for group in rest.chunks(16) {
-            for (lane, value) in lanes.iter_mut().zip(group) {
-                *lane += f64::from(*value).abs();
-            }
-        }
-        at += values.len();
-    }
-    for width in [8, 4, 2, 1] {
-        for lane in 0..width {
-            lanes[lane] += lanes[lane + width];
-        }
-    }
-    #[expect(clippy::cast_precision_loss, reason = "a count below 2^53 is exact")]
-    let mean = lanes[0] / (at as f64);
-    if !mean.is_finite() {
-        return Err(tensor.error(format!("has the mean magnitude {mean}, expected finite weights")));
-    }
-    let scale = mean.max(MIN_ABSMEAN);
-    let mut packer = Packer::new(tensor.rows, tensor.cols);
-    for row in rows() {
-        let values = floats(row)?;
-        packer.push(|codes| {
-            for (code, value) in codes.iter_mut().zip(values) {
-                *code = quantize(f64::from(value) / scale);
-            }
-        });
-    }
-    finish(tensor, super::folder::narrow(scale), WeightBytes::owned(packer.packed))
-}
-
-/// Returns the code of the nearest of -1, 0 and 1, ties to even.
-fn quantize(value: f64) -> u8 {
-    // Rounding half to even sends exactly the open interval above 0.5 to 1, and so below.
-    ZERO + u8::from(value > 0.5) - u8::from(value < -0.5)
+    finish(tensor, scale, packer.packed.into())
 }
 
 #[cfg(test)]
@@ -234,13 +199,5 @@ mod tests {
         let mut back = [0; 256];
         unpack_codes(&bytes, &mut back);
         assert_eq!(back[..], codes[..]);
-    }
-
-    #[test]
-    fn quantisation_rounds_half_to_even() {
-        let cases = [(0.5, 1), (-0.5, 1), (0.500_001, 2), (-0.500_001, 0), (1.5, 2), (-9.0, 0)];
-        for (value, code) in cases {
-            assert_eq!(quantize(value), code, "{value}");
-        }
     }
 }

@@ -7,9 +7,11 @@ mod malformed;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use tercet_kernels::TernaryMatrix;
+
 use super::convert::{ConvertOptions, to_gguf};
 use super::mapping::FileBytes;
-use super::{ModelError, ModelFile, StageWeights};
+use super::{LayerWeights, ModelError, ModelFile, StageWeights};
 
 /// Returns a path under `tests/fixtures`.
 pub(crate) fn fixture(name: &str) -> PathBuf {
@@ -59,6 +61,12 @@ fn open_bytes(bytes: Vec<u8>) -> Result<ModelFile, ModelError> {
 
 fn load_all(model: &ModelFile) -> StageWeights {
     model.load(0..model.config.layers).unwrap()
+}
+
+/// Returns the ternary matrices of a layer.
+fn matrices(layer: &LayerWeights) -> [&TernaryMatrix; 7] {
+    let LayerWeights { q, k, v, o, gate, up, down, .. } = layer;
+    [q, k, v, o, gate, up, down]
 }
 
 fn identity(model: &ModelFile) -> String {

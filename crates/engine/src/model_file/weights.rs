@@ -19,7 +19,7 @@ pub struct StageWeights {
     pub head: Option<HeadWeights>,
 }
 
-/// The weights of one BitNet layer.
+/// The weights of one layer.
 #[derive(Debug)]
 pub struct LayerWeights {
     /// Norm before attention.
@@ -30,8 +30,12 @@ pub struct LayerWeights {
     pub k: TernaryMatrix,
     /// Value projection.
     pub v: TernaryMatrix,
-    /// Norm between attention and its output projection.
-    pub attn_sub_norm: Vec<f32>,
+    /// Norm over each query head (Qwen 3).
+    pub q_norm: Option<Vec<f32>>,
+    /// Norm over each key head (Qwen 3).
+    pub k_norm: Option<Vec<f32>>,
+    /// Norm between attention and its output projection (BitNet).
+    pub attn_sub_norm: Option<Vec<f32>>,
     /// Output projection of attention.
     pub o: TernaryMatrix,
     /// Norm before the MLP.
@@ -40,8 +44,8 @@ pub struct LayerWeights {
     pub gate: TernaryMatrix,
     /// Up projection of the MLP.
     pub up: TernaryMatrix,
-    /// Norm between the gated product and the down projection.
-    pub ffn_sub_norm: Vec<f32>,
+    /// Norm between the gated product and the down projection (BitNet).
+    pub ffn_sub_norm: Option<Vec<f32>>,
     /// Down projection of the MLP.
     pub down: TernaryMatrix,
 }

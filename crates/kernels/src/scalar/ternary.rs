@@ -1,7 +1,7 @@
 //! Int8 activations and their products with ternary weights.
 
 use crate::{
-    ColumnsMut, Int8Rows, TernaryMatrix,
+    ColumnsMut, Int8Rows, SCALE_BLOCK, TernaryMatrix,
     pack::{code, row_bytes},
     rows::RowFacts,
 };
@@ -34,7 +34,13 @@ pub(crate) fn quantize(x: &[f32], values: &mut [u8]) -> Option<RowFacts> {
     Some(RowFacts { scale: magnitude / LEVELS, sum })
 }
 
-pub(crate) fn matmul(w: &TernaryMatrix, x: &Int8Rows, n: usize, mut out: ColumnsMut<'_>) {
+pub(crate) fn matmul(
+    w: &TernaryMatrix,
+    scale: f32,
+    x: &Int8Rows,
+    n: usize,
+    mut out: ColumnsMut<'_>,
+) {
     let packed = w.packed();
     let bytes = row_bytes(w.cols());
     for (index, row) in out.columns().enumerate() {
@@ -47,7 +53,43 @@ pub(crate) fn matmul(w: &TernaryMatrix, x: &Int8Rows, n: usize, mut out: Columns
                 .enumerate()
                 .map(|(col, q)| i32::from(code(weights, col)) * i32::from(q.cast_signed()))
                 .sum();
-            out.row_mut(t)[index] = finish(coded - facts.sum, w.scale(), facts.scale);
+            out.row_mut(t)[index] = finish(coded - facts.sum, scale, facts.scale);
+        }
+    }
+}
+
+/// The product with a matrix whose blocks have their own scales, added up by fused multiply-add in
+/// the order of the blocks.
+pub(crate) fn matmul_blocks(
+    w: &TernaryMatrix,
+    scales: &[f32],
+    x: &Int8Rows,
+    n: usize,
+    mut out: ColumnsMut<'_>,
+) {
+    let (packed, cols) = (w.packed(), w.cols());
+    let (bytes, blocks) = (row_bytes(cols), cols.div_ceil(SCALE_BLOCK));
+    let mut trits = vec![0_i8; cols];
+    for (index, row) in out.columns().enumerate() {
+        let weights = &packed[row * bytes..][..bytes];
+        for (col, trit) in trits.iter_mut().enumerate() {
+            *trit = code(weights, col).cast_signed() - 1;
+        }
+        let scales = &scales[row * blocks..][..blocks];
+        for t in 0..n {
+            let whole = x.facts(t).scale;
+            let mut y = 0.0_f32;
+            let pairs = x.row(t)[..cols].chunks(SCALE_BLOCK).zip(trits.chunks(SCALE_BLOCK));
+            for (block, (values, trits)) in pairs.enumerate() {
+                let products = values.iter().zip(trits);
+                let sum: i32 =
+                    products.map(|(q, trit)| i32::from(q.cast_signed()) * i32::from(*trit)).sum();
+                let scale = x.block_scales(t).map_or(whole, |scales| scales[block]);
+                #[expect(clippy::cast_precision_loss, reason = "at most 64 * 2 * 127: exact")]
+                let sum = sum as f32;
+                y = sum.mul_add(scales[block] * scale, y);
+            }
+            out.row_mut(t)[index] = y;
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Element by element, and the search for the largest.
 
+use super::exp::exp_one;
+
 pub(crate) fn scale(x: &[f32], factor: f32, weight: &[f32], out: &mut [f32]) {
     for ((x, weight), out) in x.iter().zip(weight).zip(out) {
         *out = x * factor * weight;
@@ -10,6 +12,12 @@ pub(crate) fn relu2_mul(gate: &mut [f32], up: &[f32]) {
     for (gate, up) in gate.iter_mut().zip(up) {
         let positive = if *gate < 0.0 { 0.0 } else { *gate };
         *gate = positive * positive * up;
+    }
+}
+
+pub(crate) fn silu_mul(gate: &mut [f32], up: &[f32]) {
+    for (gate, up) in gate.iter_mut().zip(up) {
+        *gate = *gate / (1.0 + exp_one(-*gate)) * up;
     }
 }
 
@@ -62,6 +70,21 @@ mod tests {
         relu2_mul(&mut gate, &[5.0, 5.0, 5.0, 5.0]);
         assert_eq!(gate[..3], [0.0, 0.0, 45.0]);
         assert!(gate[3].is_nan());
+    }
+
+    #[test]
+    fn silu_is_close_to_its_definition_and_keeps_its_limits() {
+        for x in [-30.0_f32, -2.5, -0.0, 0.3, 7.0] {
+            let mut gate = [x];
+            silu_mul(&mut gate, &[2.0]);
+            let exact = 2.0 * f64::from(x) / (1.0 + f64::from(-x).exp());
+            let error = (f64::from(gate[0]) - exact).abs();
+            assert!(error <= exact.abs() * 1e-6, "{x}: {} {exact}", gate[0]);
+        }
+        let mut gate = [-200.0, 200.0, f32::NAN];
+        silu_mul(&mut gate, &[1.0; 3]);
+        assert_eq!(gate[..2], [-0.0, 200.0]);
+        assert!(gate[2].is_nan());
     }
 
     #[test]

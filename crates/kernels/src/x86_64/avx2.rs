@@ -42,12 +42,13 @@ impl Avx2 {
     pub(crate) fn ternary_matmul(
         self,
         w: &TernaryMatrix,
+        scale: f32,
         x: &Int8Rows,
         n: usize,
         out: ColumnsMut<'_>,
     ) {
         // SAFETY: `self` exists, so the CPU has the features.
-        unsafe { ternary::matmul(w, x, n, out) }
+        unsafe { ternary::matmul(w, scale, x, n, out) }
     }
 
     pub(crate) fn dense_matmul(self, w: &DenseMatrix, x: &[f32], out: ColumnsMut<'_>) {

@@ -1,10 +1,17 @@
 use proptest::prelude::*;
-use tercet_kernels::{AlignedBytes, Int8Rows, Isa, Kernels, MatrixMut, NonFinite, TernaryMatrix};
+use tercet_kernels::{
+    AlignedBytes, Int8Rows, Isa, Kernels, MatrixMut, NonFinite, SCALE_BLOCK, ShapeError,
+    TernaryMatrix,
+};
 
 use crate::support::{Random, assert_bits, scalar, variants};
 
 fn quantized(kernels: Kernels, x: &[f32], cols: usize) -> Int8Rows {
-    let mut rows = Int8Rows::new(x.len() / cols, cols);
+    fill(kernels, x, Int8Rows::new(x.len() / cols, cols))
+}
+
+fn fill(kernels: Kernels, x: &[f32], mut rows: Int8Rows) -> Int8Rows {
+    let cols = rows.cols();
     for (row, x) in x.chunks_exact(cols).enumerate() {
         kernels.quantize(x, rows.row_mut(row)).unwrap();
     }
@@ -24,12 +31,23 @@ fn by_hand(w: &TernaryMatrix, x: &Int8Rows) -> Vec<f32> {
     let mut out = Vec::new();
     for t in 0..x.rows() {
         for row in 0..w.rows() {
-            let sum: i32 = (0..w.cols())
-                .map(|col| i32::from(w.trit(row, col)) * i32::from(x.value(t, col)))
-                .sum();
-            #[expect(clippy::cast_precision_loss, reason = "the rounding is part of the formula")]
-            let sum = sum as f32;
-            out.push(sum * (w.scale() * x.scale(t)));
+            let sum = |columns: std::ops::Range<usize>| {
+                let product = |col| i32::from(w.trit(row, col)) * i32::from(x.value(t, col));
+                let sum: i32 = columns.map(product).sum();
+                #[expect(clippy::cast_precision_loss, reason = "the rounding is in the formula")]
+                let sum = sum as f32;
+                sum
+            };
+            let blocks = w.cols().div_ceil(SCALE_BLOCK);
+            out.push(match w.block_scales() {
+                None => sum(0..w.cols()) * (w.scale().unwrap() * x.scale(t)),
+                Some(scales) => (0..blocks).fold(0.0, |y, block| {
+                    let start = block * SCALE_BLOCK;
+                    let activation = x.block_scales(t).map_or_else(|| x.scale(t), |s| s[block]);
+                    let scale = scales[row * blocks + block] * activation;
+                    sum(start..w.cols().min(start + SCALE_BLOCK)).mul_add(scale, y)
+                }),
+            });
         }
     }
     out
@@ -46,6 +64,56 @@ fn compare(w: &TernaryMatrix, x: &[f32]) {
         let cuts = [w.rows() / 3, w.rows() / 2];
         assert_bits(kernels.isa(), &product(kernels, w, &rows, &cuts), &expected, shape);
     }
+}
+
+/// The matrix with a scale of its own for every block.
+fn blocks(w: &TernaryMatrix, random: &mut Random) -> TernaryMatrix {
+    let count = w.rows() * w.cols().div_ceil(SCALE_BLOCK);
+    let scales: Vec<f32> = random.floats(count).iter().map(|x| x.abs()).collect();
+    let packed = w.packed().into();
+    TernaryMatrix::from_packed_blocks(w.rows(), w.cols(), scales.into(), packed).unwrap()
+}
+
+#[test]
+fn products_of_blocks_equal_on_every_shape() {
+    let mut random = Random(2);
+    for cols in [1, 63, 64, 65, 96, 128, 200, 256, 1280] {
+        for (rows, n) in [(1, 1), (3, 2), (5, 7)] {
+            let trits = random.trits(rows * cols);
+            let w = TernaryMatrix::from_trits(rows, cols, 1.0, &trits).unwrap();
+            let (w, x) = (blocks(&w, &mut random), random.floats(n * cols));
+            compare(&w, &x);
+            let rows = fill(scalar(), &x, Int8Rows::with_blocks(n, cols));
+            for (t, x) in x.chunks_exact(cols).enumerate() {
+                for (block, x) in x.chunks(SCALE_BLOCK).enumerate() {
+                    let alone = quantized(scalar(), x, x.len());
+                    assert_eq!(
+                        rows.block_scales(t).unwrap()[block].to_bits(),
+                        alone.scale(0).to_bits()
+                    );
+                    for col in 0..x.len() {
+                        assert_eq!(rows.value(t, block * SCALE_BLOCK + col), alone.value(0, col));
+                    }
+                }
+            }
+            let expected = by_hand(&w, &rows);
+            for kernels in variants().into_iter().chain([scalar()]) {
+                let rows = fill(kernels, &x, Int8Rows::with_blocks(n, cols));
+                let found = product(kernels, &w, &rows, &[rows.rows().min(w.rows()) / 2]);
+                assert_bits(kernels.isa(), &found, &expected, (rows.cols(), n));
+            }
+        }
+    }
+    let w = TernaryMatrix::from_trits(2, 65, 1.0, &[0; 130]).unwrap();
+    let refused = |scales: &[f32]| {
+        let packed = w.packed().into();
+        TernaryMatrix::from_packed_blocks(2, 65, scales.into(), packed).unwrap_err()
+    };
+    assert_eq!(
+        refused(&[1.0; 3]),
+        ShapeError::ScaleCount { rows: 2, cols: 65, expected: 4, found: 3 }
+    );
+    assert!(matches!(refused(&[1.0, 1.0, f32::INFINITY, 1.0]), ShapeError::Scale { .. }));
 }
 
 #[test]

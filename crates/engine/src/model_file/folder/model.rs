@@ -4,14 +4,17 @@ use tercet_kernels::DenseType;
 
 use super::Quantization;
 use super::shards::{ElementType, Entry, Shards};
+use crate::model_file::config::ActivationScheme;
 use crate::model_file::error::ModelError;
-use crate::model_file::tensors::{Role, Source, Storage, Tensor};
+use crate::model_file::tensors::{Part, Role, Source, Storage, Tensor};
 
 /// Mapped weights and how to read their ternary matrices.
 #[derive(Debug)]
 pub(crate) struct FolderModel {
     pub(crate) shards: Shards,
     pub(crate) quantization: Quantization,
+    /// Names of the two norms that only BitNet has.
+    pub(crate) sub_norms: [&'static str; 2],
 }
 
 impl FolderModel {
@@ -22,18 +25,39 @@ impl FolderModel {
         })
     }
 
-    fn name(role: Role) -> String {
+    fn name(&self, role: Role) -> String {
         match role {
             Role::Embed => "model.embed_tokens.weight".to_owned(),
             Role::OutputNorm => "model.norm.weight".to_owned(),
             Role::Head => "lm_head.weight".to_owned(),
-            Role::Layer(layer, part) => format!("model.layers.{layer}.{}", part.folder_name()),
+            Role::Layer(layer, part) => {
+                let name = match part {
+                    Part::AttnSubNorm => self.sub_norms[0],
+                    Part::FfnSubNorm => self.sub_norms[1],
+                    other => other.folder_name(),
+                };
+                format!("model.layers.{layer}.{name}")
+            }
         }
     }
 
     fn tensor(name: String, entry: &Entry, shape: (usize, usize), storage: Storage) -> Tensor {
         let (rows, cols) = shape;
-        Tensor { name, file: entry.file.clone(), range: entry.range.clone(), rows, cols, storage }
+        let activations = match storage {
+            Storage::Groups(_) => ActivationScheme::Block64,
+            _ => ActivationScheme::Token,
+        };
+        Tensor {
+            name,
+            file: entry.file.clone(),
+            range: entry.range.clone(),
+            rows,
+            cols,
+            storage,
+            activations,
+            paired_heads: None,
+            factor: None,
+        }
     }
 }
 
@@ -61,7 +85,7 @@ fn dense_type(name: &str, entry: &Entry) -> Result<DenseType, ModelError> {
 
 impl Source for FolderModel {
     fn vector(&self, role: Role, length: usize) -> Result<Tensor, ModelError> {
-        let name = Self::name(role);
+        let name = self.name(role);
         let entry = self.entry(&name)?;
         check_shape(&name, entry, &[length])?;
         let storage = Storage::Dense(dense_type(&name, entry)?);
@@ -69,12 +93,16 @@ impl Source for FolderModel {
     }
 
     fn ternary(&self, role: Role, rows: usize, cols: usize) -> Result<Tensor, ModelError> {
-        let name = Self::name(role);
+        let name = self.name(role);
         let entry = self.entry(&name)?;
         let storage = match self.quantization {
             Quantization::Master => {
                 check_shape(&name, entry, &[rows, cols])?;
                 Storage::Master(dense_type(&name, entry)?)
+            }
+            Quantization::Groups => {
+                check_shape(&name, entry, &[rows, cols])?;
+                Storage::Groups(dense_type(&name, entry)?)
             }
             Quantization::Packed(rule) => {
                 if entry.dtype != ElementType::U8 {
@@ -98,7 +126,7 @@ impl Source for FolderModel {
     }
 
     fn dense(&self, role: Role, rows: usize, cols: usize) -> Result<Tensor, ModelError> {
-        let name = Self::name(role);
+        let name = self.name(role);
         let entry = self.entry(&name)?;
         check_shape(&name, entry, &[rows, cols])?;
         let storage = Storage::Dense(dense_type(&name, entry)?);

@@ -1,25 +1,28 @@
-//! BitNet models in GGUF files: configuration and tensors.
+//! Models in GGUF files: configuration and tensors.
 //!
-//! `bitnet-b1.58` is what bitnet.cpp writes (`bitnet-25` an older name for the same layers): query
-//! and key rows are in the order of the original model, not permuted as for `llama`.
+//! `bitnet-b1.58` is what bitnet.cpp writes (`bitnet-25` an older name for the same layers),
+//! `bitnet` what llama.cpp writes for the older BitNet models, whose gate is SiLU unless
+//! `bitnet.hidden_activation` says otherwise. Query and key rows are in the order of the original
+//! model, but for `llama`, where the two of a rotated pair are neighbours.
 
 use tercet_kernels::DenseType;
 
 use super::{Gguf, types};
 use crate::model_file::config::{
-    Architecture, FieldNames, GenerationDefaults, ModelConfig, SUPPORTED,
+    Activation, ActivationScheme, Architecture, FieldNames, GenerationDefaults, ModelConfig,
+    RopeScaling, SUPPORTED,
 };
 use crate::model_file::error::ModelError;
 use crate::model_file::folder::narrow;
-use crate::model_file::tensors::{Role, Source, Storage, Tensor};
+use crate::model_file::tensors::{Part, Role, Source, Storage, Tensor};
 
-/// Names of the architecture.
-const ARCHITECTURES: [&str; 2] = ["bitnet-b1.58", "bitnet-25"];
 /// Keys of sampling settings, as llama.cpp reads them.
 pub(crate) mod sampling {
     pub(crate) const TEMPERATURE: &str = "general.sampling.temp";
     pub(crate) const TOP_K: &str = "general.sampling.top_k";
     pub(crate) const TOP_P: &str = "general.sampling.top_p";
+    pub(crate) const MIN_P: &str = "general.sampling.min_p";
+    pub(crate) const REPETITION_PENALTY: &str = "general.sampling.penalty_repeat";
 }
 
 /// Keys after the architecture's name; the two without a name of their own follow from others.
@@ -40,7 +43,12 @@ const NAMES: FieldNames = FieldNames {
 #[derive(Debug)]
 pub(crate) struct GgufModel {
     gguf: Gguf,
-    architecture: String,
+    /// The architecture's name in the file.
+    name: String,
+    architecture: Architecture,
+    activations: ActivationScheme,
+    /// Width of the heads whose rows are stored pair by pair.
+    paired_heads: Option<usize>,
 }
 
 impl GgufModel {
@@ -51,17 +59,25 @@ impl GgufModel {
             let expected = format!("one of {SUPPORTED}");
             return Err(ModelError::config(label, "general.architecture", "missing", expected));
         };
-        match value.as_str() {
-            Some(name) if ARCHITECTURES.contains(&name) => {
-                let architecture = name.to_owned();
-                Ok(Self { gguf, architecture })
+        let architecture = match value.as_str() {
+            Some("bitnet-b1.58" | "bitnet-25" | "bitnet") => Architecture::BitNet,
+            Some("llama") => Architecture::Llama,
+            Some("qwen3") => Architecture::Qwen3,
+            _ => {
+                return Err(ModelError::Architecture {
+                    file: label.to_owned(),
+                    found: value.as_str().map_or_else(|| value.to_string(), str::to_owned),
+                    supported: SUPPORTED,
+                });
             }
-            _ => Err(ModelError::Architecture {
-                file: label.to_owned(),
-                found: value.as_str().map_or_else(|| value.to_string(), str::to_owned),
-                supported: SUPPORTED,
-            }),
+        };
+        let name = value.as_str().unwrap_or_default().to_owned();
+        let activations = scheme(&gguf, architecture)?;
+        let mut model = Self { gguf, name, architecture, activations, paired_heads: None };
+        if architecture == Architecture::Llama {
+            model.paired_heads = Some(model.head_dim()?);
         }
+        Ok(model)
     }
 
     /// Returns the parsed header.
@@ -74,7 +90,7 @@ impl GgufModel {
     }
 
     fn key(&self, field: &str) -> String {
-        format!("{}.{field}", self.architecture)
+        format!("{}.{field}", self.name)
     }
 
     fn size(&self, field: &str) -> Result<Option<usize>, ModelError> {
@@ -106,24 +122,21 @@ impl GgufModel {
     pub(crate) fn config(&self) -> Result<ModelConfig, ModelError> {
         let hidden = self.required_size(NAMES.hidden)?;
         let heads = self.required_size(NAMES.heads)?;
-        let head_dim = match self.size(NAMES.head_dim)? {
-            Some(head_dim) => head_dim,
-            None if heads > 0 && hidden.is_multiple_of(heads) => hidden / heads,
-            None => {
-                let expected = format!("a divisor of the hidden size {hidden}");
-                let key = self.key(NAMES.heads);
-                return Err(ModelError::config(self.label(), &key, heads, expected));
-            }
-        };
+        let head_dim = self.head_dim()?;
+        let experts = self.size("expert_count")?.unwrap_or(0);
+        if experts > 0 {
+            let key = self.key("expert_count");
+            return Err(ModelError::config(self.label(), &key, experts, "0, no experts"));
+        }
         for field in ["attention.value_length", "rope.dimension_count"] {
             if let Some(found) = self.size(field)?.filter(|found| *found != head_dim) {
                 let expected = format!("the head width {head_dim}");
                 return Err(ModelError::config(self.label(), &self.key(field), found, expected));
             }
         }
-        self.refuse_rope_scaling()?;
+        let context = self.required_size(NAMES.context)?;
         let config = ModelConfig {
-            architecture: Architecture::BitNet,
+            architecture: self.architecture,
             hidden,
             intermediate: self.required_size(NAMES.intermediate)?,
             layers: self.required_size(NAMES.layers)?,
@@ -131,9 +144,12 @@ impl GgufModel {
             kv_heads: self.size(NAMES.kv_heads)?.unwrap_or(heads),
             head_dim,
             vocab: self.vocab()?,
-            context: self.required_size(NAMES.context)?,
+            context,
+            activation: self.activation()?,
+            activations: self.activations,
             // llama.cpp's value for files without the key.
             rope_theta: narrow(self.number(NAMES.rope_theta)?.unwrap_or(10_000.0)),
+            rope_scaling: self.rope_scaling(context, head_dim)?,
             rms_eps: narrow(
                 self.number(NAMES.rms_eps)?
                     .ok_or_else(|| self.missing(NAMES.rms_eps, "a number"))?,
@@ -142,6 +158,39 @@ impl GgufModel {
         };
         config.check(self.label(), &NAMES)?;
         Ok(config)
+    }
+
+    fn head_dim(&self) -> Result<usize, ModelError> {
+        let hidden = self.required_size(NAMES.hidden)?;
+        let heads = self.required_size(NAMES.heads)?;
+        match self.size(NAMES.head_dim)? {
+            Some(0) => {
+                let key = self.key(NAMES.head_dim);
+                Err(ModelError::config(self.label(), &key, 0, "at least 2"))
+            }
+            Some(head_dim) => Ok(head_dim),
+            None if heads > 0 && hidden >= heads && hidden.is_multiple_of(heads) => {
+                Ok(hidden / heads)
+            }
+            None => {
+                let expected = format!("a divisor of the hidden size {hidden}");
+                Err(ModelError::config(self.label(), &self.key(NAMES.heads), heads, expected))
+            }
+        }
+    }
+
+    fn activation(&self) -> Result<Activation, ModelError> {
+        let plain = match self.name.as_str() {
+            "bitnet-b1.58" | "bitnet-25" => Activation::Relu2,
+            _ => Activation::Silu,
+        };
+        let key = self.key("hidden_activation");
+        let Some(value) = self.gguf.value(&key) else { return Ok(plain) };
+        match value.as_str() {
+            Some("relu2" | "relu_sqr") => Ok(Activation::Relu2),
+            Some("silu" | "swish") => Ok(Activation::Silu),
+            _ => Err(ModelError::config(self.label(), &key, value, "\"relu2\" or \"silu\"")),
+        }
     }
 
     /// The embedding has the last word on the vocabulary size; it is checked against this.
@@ -155,19 +204,67 @@ impl GgufModel {
         })
     }
 
+    /// Reads `rope.scaling.*` and `rope_freqs.weight`.
+    ///
     /// bitnet.cpp's converter writes linear scaling by 1, which changes nothing.
-    fn refuse_rope_scaling(&self) -> Result<(), ModelError> {
+    fn rope_scaling(&self, context: usize, head_dim: usize) -> Result<RopeScaling, ModelError> {
         let key = self.key("rope.scaling.type");
-        let factor = self.number("rope.scaling.factor")?.unwrap_or(1.0);
-        match self.gguf.value(&key) {
-            None => Ok(()),
-            Some(value) if value.as_str() == Some("none") => Ok(()),
-            Some(value) if value.as_str() == Some("linear") && factor == 1.0 => Ok(()),
-            Some(value) => Err(ModelError::unsupported(
-                self.label(),
-                format!("`{key}` is {value} by {factor}; this version supports no rotary scaling"),
-            )),
+        let factor = self.number("rope.scaling.factor")?;
+        let unscaled = factor.is_none_or(|factor| factor.to_bits() == 1.0_f64.to_bits());
+        let kind = match self.gguf.value(&key) {
+            None => None,
+            Some(value) => Some(
+                value
+                    .as_str()
+                    .ok_or_else(|| ModelError::config(self.label(), &key, value, "text"))?,
+            ),
+        };
+        let name = "rope_freqs.weight";
+        let factors = self.gguf.tensor(name).map(|_| self.factors(name, head_dim)).transpose()?;
+        match (kind, factors) {
+            (None | Some("none"), None) => Ok(RopeScaling::None),
+            (Some("linear"), None) if unscaled => Ok(RopeScaling::None),
+            (Some("linear"), None) => {
+                Ok(RopeScaling::Linear { factor: narrow(factor.unwrap_or(1.0)) })
+            }
+            (Some("yarn"), None) => self.yarn(context, factor),
+            (None | Some("none"), Some(factors)) => Ok(RopeScaling::Factors(factors)),
+            (Some("linear"), Some(factors)) if unscaled => Ok(RopeScaling::Factors(factors)),
+            (Some(kind), factors) => {
+                let also = if factors.is_some() { " beside rope_freqs.weight" } else { "" };
+                let problem = format!(
+                    "`{key}` is \"{kind}\"{also}; this version supports \"none\", \"linear\" and \
+                     \"yarn\", or rope_freqs.weight alone"
+                );
+                Err(ModelError::unsupported(self.label(), problem))
+            }
         }
+    }
+
+    /// Defaults are llama.cpp's, which scales attention by `0.1 ln(factor) + 1` besides.
+    fn yarn(&self, context: usize, factor: Option<f64>) -> Result<RopeScaling, ModelError> {
+        let factor = factor.ok_or_else(|| self.missing("rope.scaling.factor", "a number"))?;
+        let number = |field: &str, otherwise: f64| -> Result<f64, ModelError> {
+            Ok(self.number(&format!("rope.scaling.{field}"))?.unwrap_or(otherwise))
+        };
+        let extrapolation = number("yarn_ext_factor", 1.0)?;
+        if extrapolation.to_bits() != 1.0_f64.to_bits() {
+            let key = self.key("rope.scaling.yarn_ext_factor");
+            return Err(ModelError::config(self.label(), &key, extrapolation, "1"));
+        }
+        let attention = number("yarn_attn_factor", number("attn_factor", 1.0)?)?;
+        Ok(RopeScaling::Yarn {
+            factor: narrow(factor),
+            beta_fast: narrow(number("yarn_beta_fast", 32.0)?),
+            beta_slow: narrow(number("yarn_beta_slow", 1.0)?),
+            attention_factor: narrow(attention * (0.1 * factor.max(1.0).ln() + 1.0)),
+            original_context: self.size("rope.scaling.original_context_length")?.unwrap_or(context),
+        })
+    }
+
+    /// Reads the factors of the rotary frequencies.
+    fn factors(&self, name: &str, head_dim: usize) -> Result<Vec<f32>, ModelError> {
+        self.find_named(name.to_owned(), None, head_dim / 2, floats)?.read_vector()
     }
 
     /// Reads sampling settings; see [`GenerationDefaults`].
@@ -177,6 +274,8 @@ impl GgufModel {
         for (key, target) in [
             (sampling::TEMPERATURE, &mut defaults.temperature),
             (sampling::TOP_P, &mut defaults.top_p),
+            (sampling::MIN_P, &mut defaults.min_p),
+            (sampling::REPETITION_PENALTY, &mut defaults.repetition_penalty),
         ] {
             if let Some(value) = self.gguf.value(key) {
                 *target = narrow(value.as_f64().ok_or_else(|| wrong(key, value))?);
@@ -204,6 +303,17 @@ impl GgufModel {
             Role::Head => "output.weight".to_owned(),
             Role::Layer(layer, part) => format!("blk.{layer}.{}", part.gguf_name()),
         };
+        self.find_named(name, rows, cols, storage)
+    }
+
+    /// [`Self::find`] for a tensor of that name.
+    fn find_named(
+        &self,
+        name: String,
+        rows: Option<usize>,
+        cols: usize,
+        storage: impl Fn(u32) -> Result<Storage, &'static str>,
+    ) -> Result<Tensor, ModelError> {
         let Some(info) = self.gguf.tensor(&name) else {
             return Err(ModelError::MissingTensor { file: self.label().to_owned(), tensor: name });
         };
@@ -227,25 +337,107 @@ impl GgufModel {
         })?;
         let range = self.gguf.range(&name, info)?;
         let file = self.gguf.file().clone();
-        Ok(Tensor { name, file, range, rows: rows.unwrap_or(1), cols, storage })
+        Ok(Tensor {
+            name,
+            file,
+            range,
+            rows: rows.unwrap_or(1),
+            cols,
+            storage,
+            activations: self.activations,
+            paired_heads: None,
+            factor: None,
+        })
+    }
+
+    /// Reads the factor that some files put beside a matrix: `attn_q.scale` for `attn_q.weight`.
+    fn scale_of(&self, matrix: &str) -> Result<Option<f32>, ModelError> {
+        let name = format!("{}.scale", matrix.strip_suffix(".weight").unwrap_or(matrix));
+        if self.gguf.tensor(&name).is_none() {
+            return Ok(None);
+        }
+        let tensor = self.find_named(name, None, 1, floats)?;
+        let scale = tensor.read_vector()?.first().copied().unwrap_or_default();
+        if scale <= 0.0 {
+            return Err(tensor.error(format!("is {scale}, expected a positive number")));
+        }
+        Ok(Some(scale))
+    }
+}
+
+/// Accepts plain numbers only.
+fn floats(kind: u32) -> Result<Storage, &'static str> {
+    float_type(kind).map(Storage::Dense).ok_or("F32, F16 or BF16")
+}
+
+fn float_type(kind: u32) -> Option<DenseType> {
+    match kind {
+        types::F32 => Some(DenseType::F32),
+        types::F16 => Some(DenseType::F16),
+        types::BF16 => Some(DenseType::Bf16),
+        _ => None,
+    }
+}
+
+/// Decides how inputs are quantised, from the types of the layers' matrices.
+///
+/// Q2_0 is what models trained with floating-point activations are written in, and so are plain
+/// numbers; the other types, and plain numbers beside them, belong to BitNet-trained models.
+fn scheme(gguf: &Gguf, architecture: Architecture) -> Result<ActivationScheme, ModelError> {
+    let mut tokens = None;
+    let mut blocks = None;
+    for (name, tensor) in gguf.tensors() {
+        let is_matrix = |part: &Part| {
+            part.is_matrix()
+                && name.strip_suffix(part.gguf_name()).is_some_and(|n| n.ends_with('.'))
+        };
+        if !name.starts_with("blk.") || !Part::ALL.iter().any(is_matrix) {
+            continue;
+        }
+        match tensor.kind {
+            types::Q2_0 => blocks = Some(name),
+            types::I2_S | types::TQ1_0 | types::TQ2_0 => tokens = Some(name),
+            _ => {}
+        }
+    }
+    match (tokens, blocks) {
+        (Some(token), Some(block)) => {
+            let problem = format!(
+                "is of type Q2_0 but `{token}` is not; expected all matrices of the layers to be"
+            );
+            Err(ModelError::tensor(gguf.file().label(), block, problem))
+        }
+        (None, Some(_)) => Ok(ActivationScheme::Block64),
+        (Some(_), None) => Ok(ActivationScheme::Token),
+        (None, None) if architecture == Architecture::BitNet => Ok(ActivationScheme::Token),
+        (None, None) => Ok(ActivationScheme::Block64),
     }
 }
 
 impl Source for GgufModel {
     fn vector(&self, role: Role, length: usize) -> Result<Tensor, ModelError> {
-        self.find(role, None, length, |kind| match kind {
-            types::F32 => Ok(Storage::Dense(DenseType::F32)),
-            types::F16 => Ok(Storage::Dense(DenseType::F16)),
-            types::BF16 => Ok(Storage::Dense(DenseType::Bf16)),
-            _ => Err("F32, F16 or BF16"),
-        })
+        self.find(role, None, length, floats)
     }
 
     fn ternary(&self, role: Role, rows: usize, cols: usize) -> Result<Tensor, ModelError> {
-        self.find(role, Some(rows), cols, |kind| match kind {
+        let mut tensor = self.find(role, Some(rows), cols, |kind| match kind {
             types::I2_S => Ok(Storage::I2S),
-            _ => Err("I2_S, the only ternary type this version runs"),
-        })
+            types::TQ1_0 => Ok(Storage::Tq1_0),
+            types::TQ2_0 => Ok(Storage::Tq2_0),
+            types::Q2_0 => Ok(Storage::Q2_0 { block: self.gguf.q2_0_block() }),
+            other => match (float_type(other), self.architecture) {
+                (Some(kind), Architecture::BitNet) => Ok(Storage::MasterOrTernary(kind)),
+                (Some(kind), _) => Ok(Storage::Groups(kind)),
+                (None, _) => {
+                    Err("I2_S, TQ1_0, TQ2_0, Q2_0, or ternary weights as F32, F16 or BF16")
+                }
+            },
+        })?;
+        tensor.factor = self.scale_of(&tensor.name)?;
+        if matches!(role, Role::Layer(_, Part::Q | Part::K)) {
+            tensor.paired_heads = self.paired_heads;
+        }
+        Ok(tensor)
     }
 
     fn dense(&self, role: Role, rows: usize, cols: usize) -> Result<Tensor, ModelError> {
@@ -253,9 +445,11 @@ impl Source for GgufModel {
             types::F32 => Ok(Storage::Dense(DenseType::F32)),
             types::F16 => Ok(Storage::Dense(DenseType::F16)),
             types::BF16 => Ok(Storage::Dense(DenseType::Bf16)),
+            types::Q4_0 => Ok(Storage::Q4_0),
             types::Q8_0 => Ok(Storage::Dense(DenseType::Q8_0)),
             types::Q6_K => Ok(Storage::Dense(DenseType::Q6K)),
-            _ => Err("F32, F16, BF16, Q8_0 or Q6_K"),
+            _ => Err("F32, F16, BF16, Q8_0, Q6_K or Q4_0 for the embedding and the head; write \
+                      the file again with one of these (llama-quantize --token-embedding-type)"),
         })
     }
 }

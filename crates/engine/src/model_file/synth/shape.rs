@@ -4,7 +4,9 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::{Fill, SynthTensor};
-use crate::model_file::config::{Architecture, ModelConfig};
+use crate::model_file::config::{
+    Activation, ActivationScheme, Architecture, ModelConfig, RopeScaling,
+};
 use crate::model_file::gguf::types;
 use crate::model_file::tensors::Part;
 
@@ -71,7 +73,18 @@ impl Shape {
         let sizes = |family, numbers: [usize; 8]| {
             let [hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, context] = numbers;
             let config = ModelConfig {
-                architecture: Architecture::BitNet,
+                architecture: match family {
+                    Family::BitNet => Architecture::BitNet,
+                    Family::Llama => Architecture::Llama,
+                    Family::Qwen3 => Architecture::Qwen3,
+                },
+                activation: if family == Family::BitNet {
+                    Activation::Relu2
+                } else {
+                    Activation::Silu
+                },
+                activations: ActivationScheme::Token,
+                rope_scaling: RopeScaling::None,
                 hidden,
                 intermediate,
                 layers,
@@ -250,21 +263,14 @@ impl Sizes {
         let norm = |name: String, cols| SynthTensor { name, rows: None, cols, fill: Fill::Norm };
         let mut tensors = vec![dense("token_embd.weight")];
         for layer in 0..config.layers {
-            for part in Part::ALL {
+            for part in Part::of(config.architecture) {
                 let name = format!("blk.{layer}.{}", part.gguf_name());
-                let sub_norm = matches!(part, Part::AttnSubNorm | Part::FfnSubNorm);
                 match part.matrix(config) {
                     Some((rows, cols)) => {
                         let rows = Some(rows);
                         tensors.push(SynthTensor { name, rows, cols, fill: Fill::Ternary });
                     }
-                    None if sub_norm && self.family != Family::BitNet => {}
                     None => tensors.push(norm(name, part.width(config))),
-                }
-            }
-            if self.family == Family::Qwen3 {
-                for name in ["attn_q_norm", "attn_k_norm"] {
-                    tensors.push(norm(format!("blk.{layer}.{name}.weight"), config.head_dim));
                 }
             }
         }

@@ -2,12 +2,21 @@ use std::sync::Arc;
 
 use super::*;
 use crate::model_file::tests::TempFolder;
-use crate::model_file::{Architecture, ModelConfig, ModelError, ModelFile};
+use crate::model_file::{
+    Activation, ActivationScheme, Architecture, ModelConfig, ModelError, ModelFile, RopeScaling,
+};
 
 /// A BitNet small enough for tests, with rows that fit every type.
 fn small(family: Family) -> Sizes {
     let config = ModelConfig {
-        architecture: Architecture::BitNet,
+        architecture: match family {
+            Family::BitNet => Architecture::BitNet,
+            Family::Llama => Architecture::Llama,
+            Family::Qwen3 => Architecture::Qwen3,
+        },
+        activation: Activation::Silu,
+        activations: ActivationScheme::Token,
+        rope_scaling: RopeScaling::None,
         hidden: 256,
         intermediate: 512,
         layers: 2,
@@ -82,7 +91,7 @@ fn scales_are_plausible_and_differ() {
         .layers
         .iter()
         .flat_map(|l| [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up])
-        .map(|m| m.scale())
+        .filter_map(|m| m.scale())
         .collect();
     let unit = (256.0_f32 * 2.0 / 3.0).sqrt();
     assert!(scales.iter().all(|scale| (0.89..1.11).contains(&(scale * unit))), "{scales:?}");
@@ -99,16 +108,28 @@ fn scales_are_plausible_and_differ() {
 }
 
 #[test]
-fn files_for_other_programs_are_refused_by_name() {
-    let cases = [
-        (Family::BitNet, TernaryType::Tq1_0, "architecture `bitnet` is not supported"),
-        (Family::Llama, TernaryType::I2S, "architecture `llama` is not supported"),
-        (Family::Qwen3, TernaryType::Q2_0, "architecture `qwen3` is not supported"),
-    ];
-    for (family, ternary, expected) in cases {
-        let bytes = written(family, &options(ternary, HeadType::Q8_0, 5));
-        let error = open(bytes).unwrap_err().to_string();
-        assert!(error.contains(expected), "{error}");
+fn every_type_of_every_family_loads_as_the_same_weights() {
+    for family in [Family::BitNet, Family::Llama, Family::Qwen3] {
+        let load = |ternary| {
+            let model = open(written(family, &options(ternary, HeadType::Q8_0, 5))).unwrap();
+            let weights = model.load(0..2).unwrap();
+            (model, weights)
+        };
+        let (_, reference) = load(TernaryType::I2S);
+        for ternary in [TernaryType::Tq1_0, TernaryType::Tq2_0] {
+            let (model, weights) = load(ternary);
+            assert_eq!(model.config.activations, ActivationScheme::Token);
+            assert_eq!(weights.part_digests(), reference.part_digests(), "{family:?} {ternary}");
+        }
+        let (model, weights) = load(TernaryType::Q2_0);
+        assert_eq!(model.config.activations, ActivationScheme::Block64);
+        let pairs = weights.layers.iter().zip(&reference.layers);
+        for (blocks, one) in pairs.flat_map(|(a, b)| [(&a.q, &b.q), (&a.down, &b.down)]) {
+            assert!(blocks.packed() == one.packed(), "{family:?}");
+            let scales = blocks.block_scales().unwrap();
+            assert_eq!(scales.len(), blocks.rows() * blocks.cols() / 64);
+            assert!(scales.iter().all(|scale| Some(*scale) == one.scale()), "{family:?}");
+        }
     }
 }
 

@@ -1,7 +1,10 @@
 //! The checkpoints under `tests/fixtures` and the built-in model.
 
 use super::*;
-use crate::model_file::{GenerationDefaults, ModelFormat, Progress};
+use crate::model_file::{
+    Activation, ActivationScheme, Architecture, GenerationDefaults, ModelConfig, ModelFormat,
+    Progress, RopeScaling,
+};
 
 fn open(name: &str) -> ModelFile {
     ModelFile::open(&fixture(name)).unwrap()
@@ -43,7 +46,8 @@ fn all_layouts_of_one_model_agree() {
     // Files of other converters have no sampling settings, which changes answers.
     assert_eq!(gguf.generation, GenerationDefaults::PLAIN);
     assert_ne!(packed.header_digest(), gguf.header_digest());
-    gguf.generation = GenerationDefaults { temperature: 0.6, top_k: 0, top_p: 0.9 };
+    gguf.generation =
+        GenerationDefaults { temperature: 0.6, top_p: 0.9, ..GenerationDefaults::PLAIN };
     assert_eq!(packed.generation, gguf.generation);
     assert_eq!(packed.header_digest(), gguf.header_digest());
 }
@@ -55,18 +59,76 @@ fn masters_become_the_packed_weights() {
     assert_eq!(master.header_digest(), packed.header_digest());
     let (master, packed) = (load_all(&master), load_all(&packed));
     for (master, packed) in master.layers.iter().zip(&packed.layers) {
-        for (master, packed) in [
-            (&master.q, &packed.q),
-            (&master.k, &packed.k),
-            (&master.v, &packed.v),
-            (&master.o, &packed.o),
-            (&master.gate, &packed.gate),
-            (&master.up, &packed.up),
-            (&master.down, &packed.down),
-        ] {
+        for (master, packed) in matrices(master).into_iter().zip(matrices(packed)) {
             assert!(master.packed() == packed.packed(), "{master:?}");
             // The packed scale was rounded to 8 significant bits.
-            assert!((master.scale() / packed.scale() - 1.0).abs() < 1.0 / 256.0, "{master:?}");
+            let ratio = master.scale().unwrap() / packed.scale().unwrap();
+            assert!((ratio - 1.0).abs() < 1.0 / 256.0, "{master:?}");
+        }
+    }
+}
+
+#[test]
+fn llama_files_hold_the_weights_of_the_folder() {
+    let folder = open("llama-packed");
+    assert_eq!(folder.config.architecture, Architecture::Llama);
+    assert_eq!(folder.config.activation, Activation::Silu);
+    assert_eq!(folder.config.activations, ActivationScheme::Token);
+    assert!(!folder.config.tied_head);
+    assert_eq!(
+        folder.config.rope_scaling,
+        RopeScaling::Llama3 {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_context: 128
+        }
+    );
+    let expected = load_all(&folder);
+    assert!(expected.layers.iter().all(|layer| layer.attn_sub_norm.is_none()));
+    let identities = ["gguf/llama-tq1_0.gguf", "gguf/llama-tq2_0.gguf"].map(|name| {
+        let model = open(name);
+        let RopeScaling::Factors(factors) = &model.config.rope_scaling else {
+            panic!("{:?}", model.config.rope_scaling);
+        };
+        assert_eq!(factors.len(), 32);
+        // Apart from how the frequencies are said to change, the shapes agree.
+        let rope_scaling = folder.config.rope_scaling.clone();
+        assert_eq!(ModelConfig { rope_scaling, ..model.config.clone() }, folder.config);
+        let frequencies = crate::rotary::Rotary::new(&model.config).frequencies;
+        let of_folder = crate::rotary::Rotary::new(&folder.config).frequencies;
+        for (one, other) in frequencies.iter().zip(of_folder) {
+            assert!((one / other - 1.0).abs() < 1e-6, "{one} {other}");
+        }
+        let weights = load_all(&model);
+        for (found, expected) in weights.layers.iter().zip(&expected.layers) {
+            assert_eq!(found.attn_norm, expected.attn_norm);
+            assert_eq!(found.ffn_norm, expected.ffn_norm);
+            for (found, expected) in matrices(found).into_iter().zip(matrices(expected)) {
+                assert!(found.packed() == expected.packed(), "{found:?}");
+                // The file rounds the scale to half precision.
+                let scale = half::f16::from_f32(expected.scale().unwrap()).to_f32();
+                assert_eq!(found.scale(), Some(scale));
+            }
+        }
+        identity(&model)
+    });
+    assert_eq!(identities[0], identities[1]);
+}
+
+#[test]
+fn qwen3_in_q2_0_has_norms_of_heads_and_scales_of_blocks() {
+    let model = open("gguf/qwen3-q2_0.gguf");
+    assert_eq!(model.config.architecture, Architecture::Qwen3);
+    assert_eq!(model.config.activations, ActivationScheme::Block64);
+    for layer in &load_all(&model).layers {
+        for norm in [&layer.q_norm, &layer.k_norm] {
+            assert_eq!(norm.as_ref().unwrap().len(), model.config.head_dim);
+        }
+        for matrix in matrices(layer) {
+            let scales = matrix.block_scales().unwrap();
+            assert_eq!(scales.len(), matrix.rows() * matrix.cols() / 64);
+            assert!(scales.iter().any(|scale| scale.to_bits() != scales[0].to_bits()));
         }
     }
 }
@@ -96,7 +158,8 @@ fn the_built_in_model_is_the_converted_fixture() {
         "demo.gguf is out of date; convert tests/fixtures/demo-model again"
     );
     assert_eq!(identity(&demo), identity(&source));
-    assert_eq!(demo.generation, GenerationDefaults { temperature: 0.8, top_k: 0, top_p: 0.95 });
+    let plain = GenerationDefaults::PLAIN;
+    assert_eq!(demo.generation, GenerationDefaults { temperature: 0.8, top_p: 0.95, ..plain });
 }
 
 #[test]
@@ -140,7 +203,7 @@ fn impossible_layer_ranges_are_refused() {
 
 #[test]
 fn every_header_field_enters_the_digest() {
-    let changes: [fn(&mut ModelFile); 9] = [
+    let changes: [fn(&mut ModelFile); 16] = [
         |model| model.config.context += 1,
         |model| model.config.rope_theta += 1.0,
         |model| model.special.add_bos = false,
@@ -149,6 +212,13 @@ fn every_header_field_enters_the_digest() {
         |model| model.chat_template = None,
         |model| model.chat_template = Some(String::new()),
         |model| model.generation.top_k = 1,
+        |model| model.generation.min_p = 0.1,
+        |model| model.generation.repetition_penalty = 1.1,
+        |model| model.config.architecture = Architecture::Llama,
+        |model| model.config.activation = Activation::Silu,
+        |model| model.config.activations = ActivationScheme::Block64,
+        |model| model.config.rope_scaling = RopeScaling::Linear { factor: 2.0 },
+        |model| model.config.rope_scaling = RopeScaling::Factors(vec![2.0]),
         |model| model.tokenizer = crate::demo::model().unwrap().tokenizer,
     ];
     let mut digests = vec![open("bitnet-packed").header_digest()];
@@ -213,13 +283,14 @@ fn the_summary_counts_everything() {
     for line in ["format      Hugging Face folder, packed ternary", "end [510, 511]"] {
         assert!(text.contains(line), "{line} is missing in\n{text}");
     }
-    assert_eq!(text.lines().count(), 12 + 35);
+    assert_eq!(text.lines().count(), 13 + 35);
 }
 
 #[test]
 fn both_tokenizer_sources_give_the_ids_of_transformers() {
     for (expected, names) in [
         ("bitnet-packed", &["bitnet-packed", "bitnet-bf16", "gguf/bitnet-i2_s.gguf"][..]),
+        ("llama-packed", &["llama-packed", "gguf/llama-tq1_0.gguf", "gguf/llama-tq2_0.gguf"][..]),
         ("demo-model", &["demo-model", "../../crates/engine/demo-model/demo.gguf"]),
     ] {
         let text = std::fs::read_to_string(fixture(expected).join("expected.json")).unwrap();

@@ -155,7 +155,7 @@ fn malformed_headers_are_refused() {
                 let at = after(b, "blk.1.attn_q.weight");
                 set(b, at + 20, &[39]);
             },
-            "`blk.1.attn_q.weight` has type type 39, expected I2_S",
+            "`blk.1.attn_q.weight` has type 39, expected I2_S",
         ),
         (
             |b| {

@@ -97,8 +97,14 @@ fn magnitude(x: &[f32]) -> Option<f32> {
 }
 
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
-pub(super) fn matmul(w: &TernaryMatrix, x: &Int8Rows, n: usize, mut out: ColumnsMut<'_>) {
-    let rows = Rows { packed: w.packed(), bytes: row_bytes(w.cols()), scale: w.scale() };
+pub(super) fn matmul(
+    w: &TernaryMatrix,
+    scale: f32,
+    x: &Int8Rows,
+    n: usize,
+    mut out: ColumnsMut<'_>,
+) {
+    let rows = Rows { packed: w.packed(), bytes: row_bytes(w.cols()), scale };
     let mut t = 0;
     while t < n {
         t += match n - t {

@@ -399,7 +399,7 @@ impl LayerTensors {
 
     /// Returns the bytes in the file.
     pub(crate) fn bytes(&self) -> u64 {
-        self.0.iter().map(|tensor| tensor.range.len() as u64).sum()
+        self.0.iter().flatten().map(|tensor| tensor.range.len() as u64).sum()
     }
 
     /// Reads the layer.

@@ -20,8 +20,10 @@ use crate::{
 
 /// Most sequences tried at once.
 const MOST_SEQUENCES: usize = 64;
-/// Tokens of the prompts when decoding is measured, and tokens decoded.
-const SHORT: usize = 16;
+/// Tokens of the prompts when decoding is measured.
+const PROMPT: usize = 4;
+/// Tokens decoded, by one sequence and by each of several.
+const DECODED: [usize; 2] = [16, 8];
 /// A measurement is repeated until it has taken so long.
 const ENOUGH: Duration = Duration::from_millis(250);
 /// What is within this share of the most is as good.
@@ -65,7 +67,10 @@ fn name<S: Serializer>(profile: &Profile, serializer: S) -> Result<S::Ok, S::Err
 pub(super) fn recommend(args: &BenchArgs, model: &ModelFile) -> Result<Option<Recommendation>> {
     let machine = Machine::here(args.model.as_slice());
     let chunk = args.engine.prefill_chunk.get();
-    let load = |batch| Load { prompt: SHORT, generate: SHORT, batch, repeat: 1, chunk };
+    let load = |batch| {
+        let generate = DECODED[usize::from(batch > 1)];
+        Load { prompt: PROMPT, generate, batch, repeat: 1, chunk }
+    };
     let fits = |batch: &usize| {
         let load = load(*batch);
         load.positions() <= model.config.context
@@ -80,9 +85,9 @@ pub(super) fn recommend(args: &BenchArgs, model: &ModelFile) -> Result<Option<Re
     for threads in thread_counts(args.engine.threads_given(), machine.cpus) {
         let engine = Engine::load(model, &options(args, threads, &most, model));
         let engine = engine.map_err(misconfigured)?;
-        let prompt = Load { prompt: args.prompt.get(), ..load(1) };
-        let prefill = rate(&engine, &prompt, 0)?;
-        let decode = rate(&engine, &load(1), SHORT)?;
+        let prompt = Load { prompt: args.prompt.get(), generate: 0, ..load(1) };
+        let prefill = rate(&engine, &prompt, false)?;
+        let decode = rate(&engine, &load(1), true)?;
         measured.push(Point {
             threads,
             batch: 1,
@@ -96,7 +101,7 @@ pub(super) fn recommend(args: &BenchArgs, model: &ModelFile) -> Result<Option<Re
     let mut best = measured.iter().find(|point| point.threads == threads).map_or(0.0, of_all);
     let mut in_vain = 0;
     for batch in batches.into_iter().skip(1) {
-        let decode = rate(&engine, &load(batch), SHORT)?;
+        let decode = rate(&engine, &load(batch), batch > 2)?;
         measured.push(Point {
             threads,
             batch,
@@ -120,17 +125,24 @@ fn thread_counts(given: Option<usize>, cpus: usize) -> Vec<usize> {
     counts
 }
 
-/// Returns the tokens per second of decoding, or of the prefill if `generate` is 0.
-fn rate(engine: &Engine, load: &Load, generate: usize) -> Result<f64> {
-    // The first time wakes the threads up, and touches the weights.
-    watch(engine, load, 0, generate)?;
-    let start = Instant::now();
+/// Returns the tokens per second of decoding, or of the prefill if nothing is generated.
+///
+/// The first measurement counts if it took long enough and `is_warm`: the threads are awake and the
+/// weights have been touched.
+fn rate(engine: &Engine, load: &Load, is_warm: bool) -> Result<f64> {
+    let mut start = Instant::now();
     let mut rates = Vec::new();
-    for round in 1.. {
-        let (prefill, decode) = watch(engine, load, round, generate)?;
-        let (tokens, took) =
-            if generate == 0 { (load.prompt, prefill) } else { (generate, decode) };
-        rates.push((load.batch * tokens) as f64 / took.as_secs_f64());
+    for round in 0.. {
+        let (prefill, decode) = watch(engine, load, round, load.generate)?;
+        let (tokens, took) = match load.generate {
+            0 => (load.prompt, prefill),
+            generate => (generate, decode),
+        };
+        if round > 0 || (is_warm && took >= ENOUGH) {
+            rates.push((load.batch * tokens) as f64 / took.as_secs_f64());
+        } else {
+            start = Instant::now();
+        }
         if start.elapsed() >= ENOUGH {
             break;
         }

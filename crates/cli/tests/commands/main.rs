@@ -91,12 +91,22 @@ fn a_made_up_model_is_measured() {
     let scratch = Scratch::new("synth");
     let out = scratch.file("m.gguf");
     succeed(&format!("model synth --shape 125m --type i2_s --head q6_k --seed 3 --out {out}"));
-    let line = format!("bench --model {out} --threads 1 --prompt 4 --generate 2 --repeat 1 --json");
-    let report: serde_json::Value = serde_json::from_str(&succeed(&line)).unwrap();
+    let measured = |line: &str| -> serde_json::Value {
+        let report = succeed(&format!("bench {line} --prompt 4 --generate 2 --repeat 1 --json"));
+        serde_json::from_str(&report).unwrap()
+    };
+    let report = measured(&format!("--model {out} --threads 1 --batch 1"));
     for rate in ["prefill_tokens_per_second", "decode_tokens_per_second"] {
         assert!(report[rate]["median"].as_f64().is_some_and(|rate| rate > 0.0), "{report}");
     }
-    assert_eq!(report["threads"], 1);
+    assert_eq!((&report["threads"], &report["batch"]), (&1.into(), &1.into()));
+    assert!(report["recommendation"].is_null(), "{report}");
+}
+
+#[test]
+fn settings_are_recommended_from_what_is_measured() {
+    let report = succeed("bench --threads 1 --prompt 4 --generate 2 --repeat 1 --json");
+    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
     let recommended = &report["recommendation"];
     assert_eq!(
         (&recommended["threads"], &recommended["measured"][0]["batch"]),

@@ -79,7 +79,10 @@ impl Backend {
     /// Returns the models that can be asked for.
     pub(crate) async fn models(&mut self) -> Result<Vec<ModelInfo>> {
         let listed = self.servers.client().list_models(ListModelsRequest {}).await;
-        Ok(listed.map_err(|status| refused(&status))?.into_inner().models)
+        match listed {
+            Ok(listed) => Ok(listed.into_inner().models),
+            Err(status) => Err(self.servers.failure(&status)),
+        }
     }
 
     /// Returns the name of the model in requests; empty for the only one.

@@ -12,7 +12,7 @@ use tercet_proto::{
 };
 use tonic::{Status, Streaming};
 
-use super::{refused, servers::Servers};
+use super::servers::Servers;
 
 /// Attempts without a new token after which a text is given up.
 const MOST_ATTEMPTS: usize = 8;
@@ -62,7 +62,7 @@ impl<'a> Generation<'a> {
                     tried += 1;
                     servers.advance();
                 }
-                Err(status) => return Err(refused(&status)),
+                Err(status) => return Err(servers.failure(&status)),
             }
         };
         Ok(Self {
@@ -127,10 +127,10 @@ impl<'a> Generation<'a> {
         loop {
             // The worker of this process does not come back.
             if !is_movable(&broken) || self.servers.address().is_none() {
-                return Err(refused(&broken));
+                return Err(self.servers.failure(&broken));
             }
             if self.attempts == MOST_ATTEMPTS {
-                return Err(refused(&broken).context(format!(
+                return Err(self.servers.failure(&broken).context(format!(
                     "the text broke off after {tokens} tokens and could not be resumed in \
                      {MOST_ATTEMPTS} attempts"
                 )));

@@ -3,9 +3,13 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
-use tercet_proto::v1::inference_client::InferenceClient;
-use tonic::transport::{Channel, Endpoint};
+use tercet_proto::{is_unreachable, v1::inference_client::InferenceClient};
+use tonic::{
+    Status,
+    transport::{Channel, Endpoint},
+};
 
+use super::refused;
 use crate::failure::misconfigured;
 
 /// How long a server may take to answer a connection.
@@ -63,6 +67,15 @@ impl Servers {
     /// Goes over to the next server.
     pub(super) fn advance(&mut self) {
         self.current = (self.current + 1) % self.servers.len();
+    }
+
+    /// Turns what became of a request into an error for people.
+    pub(super) fn failure(&self, status: &Status) -> anyhow::Error {
+        if !is_unreachable(status) {
+            return refused(status);
+        }
+        let addresses: Vec<_> = self.servers.iter().filter_map(|(name, _)| name.clone()).collect();
+        anyhow!(unanswered(&addresses))
     }
 
     pub(super) fn len(&self) -> usize {

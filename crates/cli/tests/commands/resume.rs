@@ -1,6 +1,6 @@
 //! A text that outlives its server.
 
-use std::io::Read as _;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 
 use crate::support::{Running, fail, succeed};
 
@@ -60,4 +60,24 @@ fn the_first_server_that_answers_is_asked() {
     assert_eq!(succeed(&format!("{line} --connect 127.0.0.1:1,{address}")), text);
     let none = fail(&format!("{line} --connect 127.0.0.1:1,127.0.0.1:2"), 1);
     assert!(none.starts_with("no server answers at 127.0.0.1:1 or 127.0.0.1:2"), "{none}");
+}
+
+#[test]
+fn a_chat_goes_on_when_its_server_is_back() {
+    let (first, address) = serve("127.0.0.1:0");
+    let mut chat = Running::start(&format!("chat --seed 1 --max-tokens 8 --connect {address}"));
+    let mut stdin = chat.0.stdin.take().unwrap();
+    let mut lines = chat.lines();
+    let mut errors = BufReader::new(chat.0.stderr.take().unwrap()).lines().map(Result::unwrap);
+    stdin.write_all(b"Speak.\n").unwrap();
+    let answer = lines.next().unwrap();
+    drop(first);
+    stdin.write_all(b"Speak.\n/show\n").unwrap();
+    let error = errors.next().unwrap();
+    assert!(error.starts_with(&format!("error: no server answers at {address}")), "{error}");
+    let (_again, _) = serve(&address);
+    stdin.write_all(b"/new\nSpeak.\n/quit\n").unwrap();
+    let rest: Vec<_> = lines.collect();
+    assert_eq!(rest.last(), Some(&answer), "{rest:?}");
+    assert_eq!(chat.0.wait().unwrap().code(), Some(0));
 }

@@ -22,6 +22,7 @@ use anyhow::anyhow;
 use clap::{
     Arg, ArgAction, ArgMatches, Command, CommandFactory as _, FromArgMatches as _,
     error::{ContextKind, ContextValue, ErrorKind},
+    parser::ValueSource,
 };
 
 use self::file::{Entry, Value};
@@ -83,12 +84,12 @@ pub(crate) fn read(
             return Err(Refusal::Usage(strict.try_get_matches_from(words).err().unwrap_or(error)));
         }
     };
-    let (path, _) = leaf(&matches);
+    let (path, given) = leaf(&matches);
     let named = matches.get_one::<PathBuf>("config").cloned();
     let mut layers = Vec::new();
     if let Some(file) = named.or_else(|| file::default_path(variable)) {
         let entries = file::read(&file).map_err(Refusal::Settings)?;
-        layers = from_file(&lenient, &path, &file, &entries).map_err(Refusal::Settings)?;
+        layers = from_file(&lenient, &path, given, &file, &entries).map_err(Refusal::Settings)?;
     }
 
     let filled = layered(lenient, &path, &layers);
@@ -193,6 +194,7 @@ fn layered(command: Command, path: &[String], layers: &[Layer]) -> Command {
 fn from_file(
     root: &Command,
     path: &[String],
+    given: &ArgMatches,
     file: &Path,
     entries: &[Entry],
 ) -> Result<Vec<Layer>, anyhow::Error> {
@@ -202,16 +204,33 @@ fn from_file(
     for entry in tables.into_iter().chain(top) {
         let wrong =
             |what: String| misconfigured(anyhow!("{}:{}: {what}", file.display(), entry.line));
+        let mut refused = None;
+        let mut is_taken = false;
         for (home, arg) in homes(root, entry).map_err(wrong)? {
-            check(root, &home, arg, &entry.value).map_err(|what| {
-                wrong(format!("{} = {}: {what}", entry.key, written(&entry.value)))
-            })?;
             let id = arg.get_id().as_str();
-            let is_meant = home.is_empty() || home == path;
+            // What is given otherwise may be what this command takes, and the file's another's.
+            let is_given = matches!(given.try_contains_id(id), Ok(true))
+                && given.value_source(id) != Some(ValueSource::DefaultValue);
+            let is_meant = !is_given && (home.is_empty() || home == path);
+            match check(root, &home, arg, &entry.value) {
+                Ok(()) => is_taken = true,
+                Err(what) => {
+                    let what = format!("{} = {}: {what}", entry.key, written(&entry.value));
+                    if is_meant {
+                        return Err(wrong(what));
+                    }
+                    refused = Some(what);
+                    continue;
+                }
+            }
             if is_meant && layers.iter().all(|layer| layer.id != id) {
                 let origin = Origin::File { path: file.to_owned(), line: entry.line };
                 layers.push(Layer { id: id.to_owned(), words: entry.value.words(), origin });
             }
+        }
+        // What one command takes, such as a list, may be for it alone.
+        if let Some(what) = refused.filter(|_| !is_taken) {
+            return Err(wrong(what));
         }
     }
     Ok(layers)

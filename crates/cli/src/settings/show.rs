@@ -27,7 +27,11 @@ pub(super) fn settings(
         }
     }
     let width = lines.iter().map(|(line, _)| line.chars().count()).max().unwrap_or(0).min(44);
-    let mut text = format!("[{}]\n", path.join(" "));
+    // A command of a command has no table: its settings are those at the top of a file.
+    let mut text = match path {
+        [command] => format!("[{command}]\n"),
+        _ => format!("# tercet {}\n", path.join(" ")),
+    };
     for (line, origin) in lines {
         writeln!(text, "{line:width$}  # {origin}").expect("a string takes all that is written");
     }

@@ -92,6 +92,23 @@ fn a_file_fills_what_the_command_line_leaves_open() {
 }
 
 #[test]
+fn a_list_is_for_those_that_take_one() {
+    let config = Config::new("model = [\"a=/x\", \"b=/y\"]\nconnect = [\"h:1\", \"h:2\"]\n");
+    let Asks::Serve(serve) = config.command("serve") else { panic!() };
+    assert_eq!(serve.model.model.len(), 2);
+    let Asks::Generate(generate) = config.command("generate --prompt x --model m") else {
+        panic!()
+    };
+    assert_eq!(generate.backend.connect, ["h:1", "h:2"]);
+    let said = config.mistake("bench");
+    assert!(said.starts_with("file:1: model = [\"a=/x\", \"b=/y\"]: expected one value"), "{said}");
+    let shown = config.read("model list --print-config");
+    assert!(matches!(shown, Err(Refusal::Settings(_))), "one server is asked");
+    let Ok(Asked::Show(text)) = Config::new("").read("model list --print-config") else { panic!() };
+    assert!(text.starts_with("# tercet model list\n"), "{text}");
+}
+
+#[test]
 fn every_setting_says_where_it_comes_from() {
     let config = Config::new("prefill-chunk = 48\n[serve]\nprofile = \"edge\"\nlog = \"warn\"\n");
     let file = |line| format!("file {}:{line}", config.0.display());

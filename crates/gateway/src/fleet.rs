@@ -21,6 +21,9 @@ pub(crate) use self::{lease::Lease, link::Link};
 /// UNAVAILABLE, as for a restart, rather than with NOT_FOUND.
 const REMEMBERED: Duration = Duration::from_secs(300);
 
+/// Most names of models that a message lists.
+const LISTED: usize = 8;
+
 /// The workers, and the choice among them.
 #[derive(Debug)]
 pub(crate) struct Fleet {
@@ -346,10 +349,18 @@ impl Routes {
         match (model, names.as_slice()) {
             (_, []) => Err(RouteError::Nothing),
             (Some(name), _) => {
-                Err(RouteError::Unknown { model: name.to_owned(), served: names.join(", ") })
+                Err(RouteError::Unknown { model: name.to_owned(), served: listed(&names) })
             }
             (None, [only]) => Ok((*only).to_owned()),
-            (None, _) => Err(RouteError::Ambiguous { served: names.join(", ") }),
+            (None, _) => Err(RouteError::Ambiguous { served: listed(&names) }),
         }
+    }
+}
+
+/// Returns names for a message, not too many.
+fn listed(names: &[&str]) -> String {
+    match names.len().saturating_sub(LISTED) {
+        0 => names.join(", "),
+        more => format!("{} and {more} more", names[..LISTED].join(", ")),
     }
 }

@@ -149,13 +149,14 @@ impl Gateway {
         tasks.spawn(report_health(reporter, shared.fleet.watch(), draining.clone()));
         tasks.close();
 
+        let is_worker = beside.is_some();
         let server = Server::builder()
             .http2_keepalive_interval(Some(config.keepalive_interval))
             .http2_keepalive_timeout(Some(config.keepalive_timeout))
             .add_routes(beside.unwrap_or_default())
             .add_service(health)
-            .add_service(reflection().build_v1().map_err(ServeError::Reflection)?)
-            .add_service(reflection().build_v1alpha().map_err(ServeError::Reflection)?)
+            .add_service(reflection(is_worker).build_v1().map_err(ServeError::Reflection)?)
+            .add_service(reflection(is_worker).build_v1alpha().map_err(ServeError::Reflection)?)
             .add_service(InferenceServer::new(Service::new(Arc::clone(&shared))))
             .serve_with_incoming_shutdown(
                 TcpIncoming::from(listener).with_nodelay(Some(true)),
@@ -242,8 +243,8 @@ async fn report(
 
 /// Lists what is served here, under both versions of reflection, and not the internal services that
 /// the same descriptors hold.
-fn reflection() -> tonic_reflection::server::Builder<'static> {
-    tonic_reflection::server::Builder::configure()
+fn reflection(is_worker: bool) -> tonic_reflection::server::Builder<'static> {
+    let services = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(tercet_proto::FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET)
@@ -252,5 +253,6 @@ fn reflection() -> tonic_reflection::server::Builder<'static> {
         .with_service_name("tercet.v1.Inference")
         .with_service_name("grpc.health.v1.Health")
         .with_service_name("grpc.reflection.v1.ServerReflection")
-        .with_service_name("grpc.reflection.v1alpha.ServerReflection")
+        .with_service_name("grpc.reflection.v1alpha.ServerReflection");
+    if is_worker { services.with_service_name("tercet.v1.Worker") } else { services }
 }

@@ -86,6 +86,10 @@ impl Worker for AdministrationService {
     ) -> Result<Response<Self::LoadModelStream>, Status> {
         let core = &self.core;
         self.model_dir()?;
+        if core.is_draining() {
+            let message = format!("worker {} is about to stop", core.config.id);
+            return Err(Reason::Draining.status(message));
+        }
         if core.config.engine.layers.is_some() {
             return Err(Status::failed_precondition(
                 "this worker is a stage of a pipeline, which holds one model",

@@ -1,6 +1,7 @@
 //! Workers on loopback sockets over the built-in model.
 
 mod cluster;
+mod deadlines;
 mod drain;
 mod generate;
 mod models;

@@ -1,6 +1,7 @@
 //! The promise of the whole product, held against the built-in model: the bits of a sequence's
 //! logits depend on nothing but the sequence.
 
+mod cancel;
 mod shared;
 
 use std::{

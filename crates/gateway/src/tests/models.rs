@@ -63,6 +63,16 @@ async fn a_model_that_was_unloaded_is_unknown_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_refusal_lists_a_few_of_many_models() {
+    let bench = Bench::new(Config::default());
+    let names: Vec<_> = (10..40).map(|nth| format!("model-{nth}")).collect();
+    let names: Vec<_> = names.iter().map(String::as_str).collect();
+    let (_worker, _registration) = bench.worker(record("a", &names)).await;
+    let error = bench.get(named("another")).await.error.unwrap();
+    assert!(error.message().ends_with("model-16, model-17 and 22 more"), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_worker_that_has_just_unloaded_a_model_is_passed_over() {
     let bench = Bench::new(Config::default());
     let unknown = || Play::Refuse(Reason::ModelUnknown.status("not served here"));

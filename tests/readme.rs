@@ -63,6 +63,7 @@ fn check(command: &str, said: &str) -> Result<()> {
         _ if command.contains("Inference/Generate") => {
             &["\"started\"", "\"delta\"", "\"finished\"", "FINISH_REASON_MAX_TOKENS"]
         }
+        _ if command.contains("model list") => &["demo", "ready", "unassigned"],
         _ if command.ends_with("list") => {
             &["tercet.v1.Inference", "grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection"]
         }

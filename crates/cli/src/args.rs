@@ -213,7 +213,8 @@ pub(crate) struct ComputeArgs {
     /// CPUs and memory, as far as they are not given otherwise [default: none]
     #[arg(long, env = "TERCET_PROFILE", value_name = "PROFILE")]
     pub(crate) profile: Option<Profile>,
-    /// Compute threads [default: the CPUs this process may use]
+    /// Compute threads, of all models together [default: the CPUs this process may use, by its
+    /// affinity and the CPU quota of its control group]
     #[arg(long, env = "TERCET_THREADS", value_name = "N")]
     threads: Option<NonZeroUsize>,
     /// Instruction set: scalar or avx2 [default: the best this CPU has]
@@ -231,6 +232,9 @@ impl ComputeArgs {
     }
 
     /// Returns the number of compute threads.
+    ///
+    /// The standard library takes the affinity mask and the quotas of control groups into account,
+    /// of version 1 and 2 and of every group above, rounded down to whole CPUs.
     pub(crate) fn threads(&self) -> usize {
         let available = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         self.threads.unwrap_or_else(available).get()

@@ -9,7 +9,7 @@ fn stepped() -> (Engine, Receiver<(SequenceId, usize)>, Sender<()>) {
     let (permits, permitted) = mpsc::channel();
     let observer: LogitsObserver = Box::new(move |sequence, position, _| {
         // Both ends are gone once the test is done.
-        drop(rows.send((sequence, position)));
+        rows.send((sequence, position)).unwrap_or(());
         permitted.recv().unwrap_or(());
     });
     let options = EngineOptions { max_sequences: 1, prefill_chunk: 1, ..options() };

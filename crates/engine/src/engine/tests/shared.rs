@@ -56,3 +56,33 @@ fn an_engine_that_breaks_down_leaves_the_others_at_work() {
         assert_eq!(refused.unwrap_err(), SubmitError::Stopped);
     }
 }
+
+#[test]
+fn loading_tells_how_far_it_is_and_can_be_interrupted() {
+    let (model, pool) = (demo::model().unwrap(), ComputePool::new(1).unwrap());
+    let mut reading = Vec::new();
+    let engine = Engine::load_on(&model, &options(), &pool, None, &mut |progress| {
+        reading.push(progress);
+        ControlFlow::Continue(())
+    });
+    let mut hashing = Vec::new();
+    let parts = engine.unwrap().part_digests(&mut |progress| {
+        hashing.push(progress);
+        ControlFlow::Continue(())
+    });
+    let names: Vec<_> = parts.unwrap().into_iter().map(|(name, _)| name).collect();
+    assert_eq!(names, ["embed", "layer.0", "layer.1", "layer.2", "head"]);
+    for told in [&reading, &hashing] {
+        assert!(told.is_sorted_by_key(|progress| progress.done), "{told:?}");
+        let last = told.last().unwrap();
+        assert!(last.done == last.total && last.total > 100_000, "{last:?}");
+    }
+
+    let mut reports = 0;
+    let interrupted = Engine::load_on(&model, &options(), &pool, None, &mut |_| {
+        reports += 1;
+        if reports == 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    assert!(matches!(interrupted, Err(EngineError::Model(ModelError::Interrupted))));
+    assert_eq!(reports, 2, "nothing is read after that");
+}

@@ -13,6 +13,7 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::JoinHandle,
+    time::Duration,
 };
 
 use tercet_kernels::Isa;
@@ -27,7 +28,7 @@ use crate::{
     pool::{ComputePool, PoolError},
     request::{SequenceEvent, SequenceRequest, SubmitError},
     runner::{LogitsObserver, StageRunner},
-    scheduler::{Load, RequestKey, Scheduler, SchedulerConfig},
+    scheduler::{Load, RequestKey, Scheduler, SchedulerConfig, StepShape, Tally},
 };
 
 /// How an engine is set up.
@@ -49,6 +50,9 @@ pub struct EngineOptions {
     pub max_waiting: usize,
     /// Most prompt rows in a step.
     pub prefill_chunk: usize,
+    /// How many times as long a step may take with prompt rows as with the decoding ones alone:
+    /// more than 1. Prompts get at least a row, however large that makes the step.
+    pub prefill_stretch: f64,
 }
 
 impl Default for EngineOptions {
@@ -62,6 +66,7 @@ impl Default for EngineOptions {
             max_sequences: 32,
             max_waiting: 256,
             prefill_chunk: 128,
+            prefill_stretch: 1.6,
         }
     }
 }
@@ -103,6 +108,9 @@ pub enum EngineError {
         /// Bytes of a page.
         page_bytes: usize,
     },
+    /// The stretch is no factor above 1.
+    #[error("a prefill stretch of {0} leaves prompts no time: it must be a number above 1")]
+    Stretch(f64),
     /// A limit is zero.
     #[error("{0} must be at least 1")]
     Zero(&'static str),
@@ -129,6 +137,20 @@ pub enum StepError {
 
 /// Takes what happens to one sequence, in order, on the compute thread: it must not block.
 pub type EventSink = Box<dyn FnMut(SequenceEvent) + Send>;
+
+/// What the first stage did in a step.
+#[derive(Clone, Copy, Debug)]
+pub struct StepReport {
+    /// What the step was made of.
+    pub shape: StepShape,
+    /// What happened since the step before.
+    pub tally: Tally,
+    /// What it took to compute, waiting for the threads not counted.
+    pub elapsed: Duration,
+}
+
+/// Is told of every step, on the compute thread: it must not block.
+pub type StepObserver = Box<dyn FnMut(&StepReport) + Send>;
 
 /// The later stages of a pipeline, as the first one sees them.
 #[derive(Debug)]
@@ -180,6 +202,7 @@ enum Command {
     Attach(Attachment),
     Detach { epoch: u64, reason: String },
     Deliver { epoch: u64, result: StepResult },
+    Observe(StepObserver),
     Stop,
 }
 
@@ -191,6 +214,7 @@ impl fmt::Debug for Command {
             Self::Attach(..) => "Attach",
             Self::Detach { .. } => "Detach",
             Self::Deliver { .. } => "Deliver",
+            Self::Observe(..) => "Observe",
             Self::Stop => "Stop",
         })
     }
@@ -238,6 +262,9 @@ impl Engine {
                 return Err(EngineError::Zero(name));
             }
         }
+        if !(options.prefill_stretch > 1.0 && options.prefill_stretch.is_finite()) {
+            return Err(EngineError::Stretch(options.prefill_stretch));
+        }
         if options.context == Some(0) {
             return Err(EngineError::Zero("context"));
         }
@@ -257,6 +284,8 @@ impl Engine {
             max_sequences: options.max_sequences,
             max_waiting: options.max_waiting,
             prefill_chunk: options.prefill_chunk,
+            prefill_stretch: options.prefill_stretch,
+            model: model.header_digest(),
             steps_in_flight: 1,
         };
         let shared = Arc::new(Shared {
@@ -284,6 +313,7 @@ impl Engine {
             runner,
             sinks: HashMap::new(),
             downstream: None,
+            observer: None,
         };
         let thread = std::thread::Builder::new()
             .name("tercet-engine".to_owned())
@@ -377,6 +407,11 @@ impl Engine {
     /// Ends all sequences, and the computing after the present step.
     pub fn stop(&self) {
         self.shared.send(Command::Stop);
+    }
+
+    /// Tells `observer` of every step from now on, instead of the observer before.
+    pub fn observe_steps(&self, observer: StepObserver) {
+        self.shared.send(Command::Observe(observer));
     }
 
     /// Attaches the later stages of the pipeline: sequences submitted from now on go through them.

@@ -1,18 +1,19 @@
-//! The KV cache of a stage: pages of 64 positions, shared out to sequences.
+//! The KV cache of a stage: an array of pages of 64 positions, and which sequence has which.
 //!
 //! ```text
 //! page = [layer of the stage][kv head][ K: 64 x head_dim | V: 64 x head_dim ]   f32
 //! ```
 //!
 //! A page is also the block of the attention's online softmax, so a block is one contiguous read.
-//! Which physical page holds which positions never changes a result. Every stage keeps its own
-//! tables; the scheduler only counts pages, and all stages have at least as many as it counts.
+//! Which page holds which positions never changes a result. The scheduler of the first stage deals
+//! out the page numbers for all stages; here they are followed, and checked: a page is written by
+//! one sequence, and shared once it is full.
 
 use std::collections::HashMap;
 
 use thiserror::Error;
 
-use crate::plan::SequenceId;
+use crate::plan::{PageId, SequenceId};
 
 /// Positions in a page.
 pub const PAGE_POSITIONS: usize = 64;
@@ -49,17 +50,49 @@ impl KvShape {
     }
 }
 
-/// A step asked for something that the stage cannot hold: the head counts pages, so it is a defect
-/// or a peer that does not keep to the protocol.
+/// A step asked for something that the stage cannot do: the first stage deals out the pages, so it
+/// is a defect or a peer that does not keep to the protocol.
 #[derive(Debug, Error)]
 pub enum KvError {
-    /// More pages are needed than the stage has.
-    #[error("sequence {sequence} needs a KV page and all {pages} are in use")]
-    Full {
+    /// There is no such page.
+    #[error("sequence {sequence} is given page {page} of {pages}: page numbers are below that")]
+    NoPage {
         /// The sequence.
         sequence: SequenceId,
+        /// The page.
+        page: PageId,
         /// Pages of the stage.
         pages: usize,
+    },
+    /// A page to write is held by a sequence.
+    #[error("sequence {sequence} is to write page {page}, which a sequence has already")]
+    Taken {
+        /// The sequence.
+        sequence: SequenceId,
+        /// The page.
+        page: PageId,
+    },
+    /// A page to share has not been written to its end, or is named twice.
+    #[error("sequence {sequence} is to share page {page}, which is not full or named twice")]
+    NotShareable {
+        /// The sequence.
+        sequence: SequenceId,
+        /// The page.
+        page: PageId,
+    },
+    /// Rows and the pages for them do not match.
+    #[error(
+        "sequence {sequence} needs {due} more pages for {positions} positions, {got} are given"
+    )]
+    PageCount {
+        /// The sequence.
+        sequence: SequenceId,
+        /// Positions after the run.
+        positions: usize,
+        /// Pages that came.
+        got: usize,
+        /// Pages that are needed.
+        due: usize,
     },
     /// Rows must follow the positions already held.
     #[error("sequence {sequence} continues at position {position}, but {held} positions are held")]
@@ -76,8 +109,17 @@ pub enum KvError {
 /// The pages of one sequence, in order of position.
 #[derive(Debug, Default)]
 pub(crate) struct PageTable {
-    pages: Vec<usize>,
+    pages: Vec<PageId>,
     positions: usize,
+}
+
+/// What is known of a page.
+#[derive(Clone, Copy, Debug, Default)]
+struct PageUse {
+    /// Tables that hold it.
+    users: u32,
+    /// Written to its end.
+    full: bool,
 }
 
 /// The KV cache of a stage.
@@ -85,8 +127,8 @@ pub(crate) struct PageTable {
 pub(crate) struct KvCache {
     shape: KvShape,
     floats: Vec<f32>,
-    pages: usize,
-    free: Vec<usize>,
+    pages: Vec<PageUse>,
+    in_use: usize,
     tables: HashMap<SequenceId, PageTable>,
 }
 
@@ -96,53 +138,113 @@ impl KvCache {
         Self {
             shape,
             floats: vec![0.0; shape.page_floats() * pages],
-            pages,
-            free: (0..pages).rev().collect(),
+            pages: vec![PageUse::default(); pages],
+            in_use: 0,
             tables: HashMap::new(),
         }
     }
 
     pub(crate) fn pages(&self) -> usize {
-        self.pages
+        self.pages.len()
     }
 
     /// Returns the bytes of all pages.
     pub(crate) fn bytes(&self) -> usize {
-        self.pages * self.shape.page_bytes()
+        self.pages() * self.shape.page_bytes()
     }
 
+    /// Returns how many pages open sequences have.
     pub(crate) fn pages_in_use(&self) -> usize {
-        self.pages - self.free.len()
+        self.in_use
     }
 
-    /// Makes room for `rows` positions of `sequence` from `position` on.
+    /// Begins `sequence` with `pages`, which hold its first positions.
+    pub(crate) fn open(&mut self, sequence: SequenceId, pages: &[PageId]) -> Result<(), KvError> {
+        if let Some(page) = twice(pages) {
+            return Err(KvError::NotShareable { sequence, page });
+        }
+        for &page in pages {
+            if !self.page_use(sequence, page)?.full {
+                return Err(KvError::NotShareable { sequence, page });
+            }
+        }
+        for &page in pages {
+            self.take(page);
+        }
+        let table = PageTable { pages: pages.to_vec(), positions: pages.len() * PAGE_POSITIONS };
+        self.tables.insert(sequence, table);
+        Ok(())
+    }
+
+    /// Makes room for `rows` positions of `sequence` from `position` on, in `pages` where those
+    /// that it has are full.
     pub(crate) fn extend(
         &mut self,
         sequence: SequenceId,
         position: usize,
         rows: usize,
+        pages: &[PageId],
     ) -> Result<(), KvError> {
         let table = self.tables.entry(sequence).or_default();
-        if position != table.positions {
-            return Err(KvError::Gap { sequence, position, held: table.positions });
+        let (held, positions) = (table.positions, position + rows);
+        if position != held {
+            return Err(KvError::Gap { sequence, position, held });
         }
-        let positions = position + rows;
-        while table.pages.len() < pages_for(positions) {
-            let page = self.free.pop().ok_or(KvError::Full { sequence, pages: self.pages })?;
-            table.pages.push(page);
+        let due = pages_for(positions) - table.pages.len();
+        if pages.len() != due {
+            return Err(KvError::PageCount { sequence, positions, got: pages.len(), due });
         }
+        if let Some(page) = twice(pages) {
+            return Err(KvError::Taken { sequence, page });
+        }
+        for &page in pages {
+            if self.page_use(sequence, page)?.users > 0 {
+                return Err(KvError::Taken { sequence, page });
+            }
+        }
+        for &page in pages {
+            self.take(page).full = false;
+        }
+        let table = self.tables.entry(sequence).or_default();
+        table.pages.extend(pages);
         table.positions = positions;
+        for page in &table.pages[held / PAGE_POSITIONS..positions / PAGE_POSITIONS] {
+            self.pages[page.0 as usize].full = true;
+        }
         Ok(())
     }
 
     /// Takes the pages of `sequence` back; does nothing if it has none.
     pub(crate) fn release(&mut self, sequence: SequenceId) {
-        if let Some(table) = self.tables.remove(&sequence) {
-            self.free.extend(table.pages.into_iter().rev());
+        for page in self.tables.remove(&sequence).into_iter().flat_map(|table| table.pages) {
+            let page = &mut self.pages[page.0 as usize];
+            page.users -= 1;
+            self.in_use -= usize::from(page.users == 0);
         }
     }
 
-    /// Returns the table of `sequence`, which `extend` has seen.
+    /// Takes all pages back, and forgets what they hold.
+    pub(crate) fn clear(&mut self) {
+        self.tables.clear();
+        self.in_use = 0;
+        self.pages.fill(PageUse::default());
+    }
+
+    fn page_use(&self, sequence: SequenceId, page: PageId) -> Result<PageUse, KvError> {
+        let pages = self.pages();
+        let known = self.pages.get(page.0 as usize).copied();
+        known.ok_or(KvError::NoPage { sequence, page, pages })
+    }
+
+    /// Counts one more table that holds a page of the stage.
+    fn take(&mut self, page: PageId) -> &mut PageUse {
+        let page = &mut self.pages[page.0 as usize];
+        self.in_use += usize::from(page.users == 0);
+        page.users += 1;
+        page
+    }
+
+    /// Returns the table of `sequence`, which is open.
     pub(crate) fn table(&self, sequence: SequenceId) -> &PageTable {
         &self.tables[&sequence]
     }
@@ -183,10 +285,17 @@ impl KvCache {
         self.floats[start..start + 2 * half].split_at(half)
     }
 
-    fn block_start(&self, page: usize, layer: usize, kv_head: usize) -> usize {
-        page * self.shape.page_floats()
+    fn block_start(&self, page: PageId, layer: usize, kv_head: usize) -> usize {
+        page.0 as usize * self.shape.page_floats()
             + (layer * self.shape.kv_heads + kv_head) * 2 * self.shape.half_block()
     }
+}
+
+/// Returns a page that is listed more than once.
+fn twice(pages: &[PageId]) -> Option<PageId> {
+    let mut sorted = pages.to_vec();
+    sorted.sort_unstable();
+    sorted.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0])
 }
 
 #[cfg(test)]
@@ -195,13 +304,19 @@ mod tests {
 
     const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 2, head_dim: 4 };
 
+    fn pages(numbers: impl IntoIterator<Item = u32>) -> Vec<PageId> {
+        numbers.into_iter().map(PageId).collect()
+    }
+
     #[test]
     fn positions_are_found_where_they_were_written() {
         let mut kv = KvCache::new(SHAPE, 4);
         let (a, b) = (SequenceId(1), SequenceId(2));
         for position in 0..70 {
-            for sequence in [a, b] {
-                kv.extend(sequence, position, 1).unwrap();
+            for (sequence, first) in [(a, 3), (b, 0)] {
+                let page = if position == 0 { first } else { (first + 2) % 4 };
+                let due = if position % 64 == 0 { pages([page]) } else { vec![] };
+                kv.extend(sequence, position, 1, &due).unwrap();
                 for layer in 0..2 {
                     let tag = (sequence.0 * 1000 + layer as u64 * 500) as f32 + position as f32;
                     let keys: Vec<f32> = (0..8).map(|i| tag + i as f32 / 16.0).collect();
@@ -210,37 +325,76 @@ mod tests {
                 }
             }
         }
-        for sequence in [a, b] {
+        // A third one shares a full page.
+        let c = SequenceId(3);
+        kv.open(c, &pages([0])).unwrap();
+        for (sequence, owner, positions) in [(a, a, 70), (b, b, 70), (c, b, 64)] {
             let table = kv.table(sequence);
-            for position in 0..70 {
+            assert_eq!(table.positions, positions);
+            for position in 0..positions {
                 let (keys, values) = kv.block(table, position / 64, 1, 1);
-                let expected = (sequence.0 * 1000 + 500) as f32 + position as f32 + 4.0 / 16.0;
+                let expected = (owner.0 * 1000 + 500) as f32 + position as f32 + 4.0 / 16.0;
                 assert_eq!(keys[position % 64 * 4], expected);
                 assert_eq!(values[position % 64 * 4], -expected);
             }
         }
         assert_eq!(kv.pages_in_use(), 4);
-    }
-
-    #[test]
-    fn a_full_cache_is_an_error_and_released_pages_come_back() {
-        let mut kv = KvCache::new(SHAPE, 2);
-        kv.extend(SequenceId(1), 0, 128).unwrap();
-        assert!(matches!(kv.extend(SequenceId(2), 0, 1), Err(KvError::Full { pages: 2, .. })));
-        kv.release(SequenceId(2));
-        kv.release(SequenceId(1));
+        kv.release(b);
+        assert_eq!(kv.pages_in_use(), 3, "the shared page is still in use");
+        kv.release(c);
+        kv.release(a);
         assert_eq!(kv.pages_in_use(), 0);
-        kv.extend(SequenceId(2), 0, 65).unwrap();
-        assert_eq!(kv.pages_in_use(), 2);
     }
 
     #[test]
-    fn a_gap_is_an_error() {
-        let mut kv = KvCache::new(SHAPE, 2);
-        kv.extend(SequenceId(1), 0, 3).unwrap();
+    fn rows_without_the_right_pages_are_refused() {
+        let mut kv = KvCache::new(SHAPE, 3);
+        let a = SequenceId(1);
+        kv.extend(a, 0, 3, &pages([2])).unwrap();
+        assert!(matches!(kv.extend(a, 5, 1, &[]), Err(KvError::Gap { position: 5, held: 3, .. })));
+        for given in [&pages([])[..], &pages([0, 1])] {
+            assert!(matches!(
+                kv.extend(a, 3, 62, given),
+                Err(KvError::PageCount { due: 1, positions: 65, .. })
+            ));
+        }
+        for (given, expected) in [(3, "below"), (2, "has already"), (u32::MAX, "below")] {
+            let error = kv.extend(a, 3, 62, &pages([given])).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+        kv.extend(a, 3, 62, &pages([0])).unwrap();
+    }
+
+    #[test]
+    fn only_full_pages_are_shared() {
+        let mut kv = KvCache::new(SHAPE, 3);
+        let (a, b) = (SequenceId(1), SequenceId(2));
+        let refused = |kv: &mut KvCache, given: &[u32]| {
+            let error = kv.open(b, &pages(given.iter().copied())).unwrap_err();
+            matches!(error, KvError::NotShareable { .. } | KvError::NoPage { .. })
+        };
+        kv.extend(a, 0, 127, &pages([0, 1])).unwrap();
+        assert!(refused(&mut kv, &[1]), "half written");
+        assert!(refused(&mut kv, &[2]), "never written");
+        assert!(refused(&mut kv, &[0, 0]) && refused(&mut kv, &[9]));
+        assert_eq!(kv.pages_in_use(), 2, "a refusal takes nothing");
+        kv.open(b, &pages([0])).unwrap();
         assert!(matches!(
-            kv.extend(SequenceId(1), 5, 1),
-            Err(KvError::Gap { position: 5, held: 3, .. })
+            kv.extend(b, 64, 1, &pages([0])),
+            Err(KvError::Taken { page: PageId(0), .. })
         ));
+        kv.release(a);
+        kv.release(b);
+        assert!(refused(&mut kv, &[0, 1]), "half written when it was given up");
+        kv.open(b, &pages([0])).unwrap();
+        kv.extend(b, 64, 1, &pages([1])).unwrap();
+        kv.release(b);
+        kv.extend(a, 0, 1, &pages([0])).unwrap();
+        assert!(refused(&mut kv, &[0]), "written anew");
+        kv.release(a);
+        kv.extend(a, 0, 64, &pages([0])).unwrap();
+        kv.clear();
+        assert!(refused(&mut kv, &[0]), "forgotten");
+        assert_eq!(kv.pages_in_use(), 0);
     }
 }

@@ -13,7 +13,7 @@
 //! A whole model is the stage that has every layer; a pipeline is the same code with narrower
 //! ranges. One request has one output, to the bit: integer products are exact, every float sum has
 //! one order that depends on positions alone, and draws are keyed by seed and position. Batching,
-//! chunking, threads, instruction set, stages and resumes therefore change no answer.
+//! chunking, threads, instruction set, stages, cached prefixes and resumes therefore change no answer.
 //!
 //! Reading order: [`request`] and [`plan`] (what is asked, what is computed), [`scheduler`],
 //! [`engine`], [`pipeline`]; then `runner`, `forward`, `kv`, `sampler`; then [`model_file`].
@@ -35,6 +35,7 @@ pub mod scheduler;
 pub use self::{
     engine::{
         Attachment, Engine, EngineError, EngineOptions, EventSink, SequenceHandle, StepError,
+        StepObserver, StepReport,
     },
     kv::{KvError, PAGE_POSITIONS},
     model_file::{ModelConfig, ModelError, ModelFile},

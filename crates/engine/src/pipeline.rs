@@ -3,6 +3,7 @@
 use std::{
     fmt,
     ops::{ControlFlow, Range},
+    time::Duration,
 };
 
 use thiserror::Error;
@@ -110,6 +111,11 @@ impl Follower {
     /// [`ModelError::Interrupted`] if `report` says so.
     pub fn part_digests(&self, report: Report<'_>) -> Result<Vec<(String, [u8; 32])>, ModelError> {
         self.runner.part_digests(report)
+    }
+
+    /// Returns what it took to compute the last frame, waiting for the threads not counted.
+    pub fn last_step(&self) -> Duration {
+        self.runner.last_step()
     }
 
     /// Forgets all sequences: a new link begins.

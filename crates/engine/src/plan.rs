@@ -14,6 +14,16 @@ impl fmt::Display for SequenceId {
     }
 }
 
+/// Number of a KV page, the same in every stage. The scheduler says who has which.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct PageId(pub u32);
+
+impl fmt::Display for PageId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 /// One step: the rows to push through the stages, in order.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepPlan {
@@ -43,6 +53,8 @@ pub struct OpenSequence {
     pub sampling: SamplingParams,
     /// W3C trace context of its request; may be empty.
     pub traceparent: String,
+    /// Pages that hold its first positions already: full, shared, never written again.
+    pub pages: Vec<PageId>,
 }
 
 /// Consecutive rows of one sequence.
@@ -56,6 +68,8 @@ pub struct Run {
     pub rows: usize,
     /// What the last stage returns.
     pub output: RunOutput,
+    /// Pages that the sequence gets for these rows; nobody else has them.
+    pub pages: Vec<PageId>,
 }
 
 /// What the last stage returns for a run.

@@ -17,6 +17,19 @@ pub struct SequenceRequest {
     pub output: Output,
     /// W3C trace context of the request; may be empty.
     pub traceparent: String,
+    /// Keeps cached prefixes apart: only requests of the same salt share pages.
+    pub cache_salt: String,
+}
+
+impl SequenceRequest {
+    /// Returns whether the computation may begin after a cached prefix. Log-probabilities of the
+    /// prompt need every row of it.
+    pub fn may_skip_rows(&self) -> bool {
+        match self.output {
+            Output::Generate { .. } => true,
+            Output::Score => false,
+        }
+    }
 }
 
 /// What is wanted of a sequence.
@@ -38,7 +51,10 @@ pub enum Output {
 pub enum SequenceEvent {
     /// The sequence left the queue: its first step is computed next. Comes again when the sequence
     /// lost its KV pages to older ones and is computed anew.
-    Scheduled,
+    Scheduled {
+        /// Tokens, of the prompt first, whose keys and values were there already.
+        cached: usize,
+    },
     /// The next token of the completion.
     Token {
         /// Its index in the completion, from 0.

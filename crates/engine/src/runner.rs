@@ -1,6 +1,6 @@
 //! Computes the steps of one stage: opens and closes sequences, runs the rows, samples at the end.
 
-use std::{collections::HashMap, fmt, ops::Range, sync::Arc};
+use std::{collections::HashMap, fmt, ops::Range, sync::Arc, time::Duration};
 
 use tercet_kernels::{Isa, Kernels};
 
@@ -49,6 +49,7 @@ pub(crate) struct StageRunner {
     work: Workspace,
     sampler: Sampler,
     observer: Option<LogitsObserver>,
+    last_step: Duration,
 }
 
 impl StageRunner {
@@ -93,6 +94,7 @@ impl StageRunner {
             work: Workspace::new(&model.config),
             sampler: Sampler::default(),
             observer: None,
+            last_step: Duration::ZERO,
             config: model.config.clone(),
         })
     }
@@ -132,12 +134,17 @@ impl StageRunner {
 
     /// Forgets all sequences.
     pub(crate) fn reset(&mut self) {
-        for (sequence, _) in self.sequences.drain() {
-            self.kv.release(sequence);
-        }
+        self.sequences.clear();
+        self.kv.clear();
+    }
+
+    /// Returns what the last step took, from the beginning of its turn.
+    pub(crate) fn last_step(&self) -> Duration {
+        self.last_step
     }
 
     /// Computes one step. After an error the stage is unusable until it is reset.
+    #[expect(clippy::disallowed_types, reason = "what is measured is the work, paused or not")]
     pub(crate) fn step(
         &mut self,
         plan: &StepPlan,
@@ -146,6 +153,14 @@ impl StageRunner {
         self.open_and_close(plan)?;
         let pool = self.pool.clone();
         let _turn = pool.turn();
+        let begun = std::time::Instant::now();
+        let produced = self.compute(plan, input);
+        self.last_step = begun.elapsed();
+        produced
+    }
+
+    /// Computes one step, having a turn of the pool.
+    fn compute(&mut self, plan: &StepPlan, input: Input<'_>) -> Result<Produced, StepError> {
         let rows = rows_of(plan);
         self.check(plan.step, rows.len(), &input)?;
         self.work.fit(rows.len());
@@ -189,6 +204,7 @@ impl StageRunner {
             if self.sequences.insert(open.id, open.sampling).is_some() {
                 return Err(frame(format!("sequence {} is open already", open.id)));
             }
+            self.kv.open(open.id, &open.pages)?;
         }
         for run in &plan.runs {
             if !self.sequences.contains_key(&run.sequence) {
@@ -206,7 +222,7 @@ impl StageRunner {
                     return Err(frame("score targets do not fit their rows".to_owned()));
                 }
             }
-            self.kv.extend(run.sequence, run.position, run.rows)?;
+            self.kv.extend(run.sequence, run.position, run.rows, &run.pages)?;
         }
         Ok(())
     }

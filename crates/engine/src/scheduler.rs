@@ -7,21 +7,32 @@
 //! ```
 //!
 //! Continuous batching: each step takes the next row of every running sequence that has a token to
-//! continue from, and fills up with a chunk of prompts. A preempted sequence is computed anew from
-//! its tokens; since a sequence's bits depend on nothing but itself, that changes no answer.
+//! continue from, and fills up with rows of prompts, as many as the streams beside them can bear.
+//! Full pages outlive their sequence, for others that begin with the same tokens, until the room is
+//! needed. A preempted sequence is computed anew from its tokens, or from what is left of its
+//! pages; since a sequence's bits depend on nothing but itself, none of that changes an answer.
 
+mod batch;
+mod pace;
+mod pages;
 mod sequence;
 #[cfg(test)]
 mod tests;
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, time::Duration};
 
+use tercet_text::PageName;
 use thiserror::Error;
 
-use self::sequence::Sequence;
+pub use self::pace::StepShape;
+use self::{
+    pace::Pace,
+    pages::Pages,
+    sequence::{Sequence, Table},
+};
 use crate::{
-    kv::{PAGE_POSITIONS, pages_for},
-    plan::{OpenSequence, Run, RunOutput, Scores, SequenceId, StepPlan, StepResult},
+    kv::PAGE_POSITIONS,
+    plan::{OpenSequence, Run, RunOutcome, RunResult, Scores, SequenceId, StepPlan, StepResult},
     request::{SequenceEvent, SequenceRequest, SubmitError},
 };
 
@@ -40,6 +51,10 @@ pub struct SchedulerConfig {
     pub max_waiting: usize,
     /// Most prompt rows in a step.
     pub prefill_chunk: usize,
+    /// How many times as long a step may take with prompt rows as with the decoding ones alone.
+    pub prefill_stretch: f64,
+    /// Digest of the model: cached pages of different models have different names.
+    pub model: [u8; 32],
     /// Steps that may be under way at once: the number of stages.
     pub steps_in_flight: usize,
 }
@@ -70,8 +85,10 @@ pub struct Load {
     pub running: usize,
     /// Sequences waiting for a slot or for pages.
     pub waiting: usize,
-    /// KV pages in use.
-    pub pages_used: usize,
+    /// KV pages that sequences refer to.
+    pub pages_referenced: usize,
+    /// KV pages kept for a prefix that may come again, and free for everything else.
+    pub pages_cached: usize,
     /// KV pages in all.
     pub pages: usize,
 }
@@ -85,6 +102,19 @@ pub struct Planned {
     pub ids: Vec<u32>,
     /// What to tell of the sequences that the step begins.
     pub events: Vec<(RequestKey, SequenceEvent)>,
+    /// What the step is made of.
+    pub shape: StepShape,
+    /// What else happened since the step before.
+    pub tally: Tally,
+}
+
+/// What happened between two steps.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Tally {
+    /// Sequences that lost their pages to older ones.
+    pub preemptions: usize,
+    /// Tokens that need not be computed, since their pages were cached.
+    pub hit_tokens: usize,
 }
 
 /// The state machine. See the module's documentation.
@@ -98,7 +128,11 @@ pub struct Scheduler {
     running: Vec<Sequence>,
     closing: Vec<SequenceId>,
     in_flight: VecDeque<(u64, Vec<Run>)>,
-    free_pages: usize,
+    pages: Pages,
+    pace: Pace,
+    /// Whether the shortest prompt comes first in the next step, else the oldest.
+    shortest_first: bool,
+    tally: Tally,
 }
 
 impl Scheduler {
@@ -112,7 +146,10 @@ impl Scheduler {
             running: Vec::new(),
             closing: Vec::new(),
             in_flight: VecDeque::new(),
-            free_pages: config.pages,
+            pages: Pages::new(config.pages),
+            pace: Pace::new(),
+            shortest_first: false,
+            tally: Tally::default(),
         }
     }
 
@@ -126,7 +163,8 @@ impl Scheduler {
         Load {
             running: self.running.len(),
             waiting: self.waiting.len(),
-            pages_used: self.config.pages - self.free_pages,
+            pages_referenced: self.pages.referenced(),
+            pages_cached: self.pages.idle(),
             pages: self.config.pages,
         }
     }
@@ -157,6 +195,7 @@ impl Scheduler {
         Self::check(&self.config, &request)?;
         let mut tokens = request.prompt.clone();
         tokens.extend(&request.resumed);
+        let root = PageName::root(&self.config.model, &request.cache_salt);
         let sequence = Sequence {
             key,
             request,
@@ -166,8 +205,8 @@ impl Scheduler {
             scores: Scores::default(),
             id: SequenceId(0),
             opened: false,
-            pages: 0,
             in_flight: false,
+            table: Table::new(root),
         };
         if let Some(reason) = sequence.stop_reason(self.config.context_limit()) {
             return Ok(Some(SequenceEvent::Finished(reason)));
@@ -191,7 +230,8 @@ impl Scheduler {
         }
     }
 
-    /// Forgets everything, as when a later stage is lost, and returns the requests that were there.
+    /// Forgets everything, cached pages too, as when a later stage is lost, and returns the requests
+    /// that were there.
     pub fn abandon(&mut self) -> Vec<RequestKey> {
         let keys = self
             .running
@@ -202,7 +242,7 @@ impl Scheduler {
             .collect();
         self.closing.clear();
         self.in_flight.clear();
-        self.free_pages = self.config.pages;
+        self.pages = Pages::new(self.config.pages);
         keys
     }
 
@@ -213,7 +253,8 @@ impl Scheduler {
             "only an idle scheduler changes its limits"
         );
         self.config = config;
-        self.free_pages = config.pages;
+        self.pages = Pages::new(config.pages);
+        self.pace = Pace::new();
         self.next_step = 0;
     }
 
@@ -231,26 +272,43 @@ impl Scheduler {
         let mut open = Vec::new();
         let mut events = Vec::new();
         let mut ids = Vec::new();
-        for run in &runs {
+        let mut shape = StepShape::default();
+        for run in &mut runs {
             let sequence =
                 find(&mut self.running, run.sequence).expect("runs are made of running sequences");
+            let end = run.position + run.rows;
             sequence.in_flight = true;
-            ids.extend(&sequence.tokens[run.position..run.position + run.rows]);
+            ids.extend(&sequence.tokens[run.position..end]);
+            if sequence.decodes() {
+                shape.decode_rows += run.rows;
+            } else {
+                shape.prompt_rows += run.rows;
+                shape.prompt_positions += (run.position..end).sum::<usize>();
+            }
             if !sequence.opened {
-                sequence.opened = true;
+                let pages = sequence.open();
+                let cached = pages.len() * PAGE_POSITIONS;
+                self.tally.hit_tokens += cached;
                 open.push(OpenSequence {
                     id: sequence.id,
                     sampling: sequence.request.sampling,
                     traceparent: sequence.request.traceparent.clone(),
+                    pages,
                 });
-                events.push((sequence.key, SequenceEvent::Scheduled));
+                events.push((sequence.key, SequenceEvent::Scheduled { cached }));
             }
+            run.pages = sequence.table.tell(end);
         }
         let step = self.next_step;
         self.next_step += 1;
         self.in_flight.push_back((step, runs.clone()));
         let plan = StepPlan { step, open, close: std::mem::take(&mut self.closing), runs };
-        Some(Planned { plan, ids, events })
+        Some(Planned { plan, ids, events, shape, tally: std::mem::take(&mut self.tally) })
+    }
+
+    /// Learns what it took to compute a step, waiting not counted: the following are cut to it.
+    pub fn observe(&mut self, shape: &StepShape, elapsed: Duration) {
+        self.pace.observe(shape, elapsed);
     }
 
     /// Takes in what the last stage computed.
@@ -275,7 +333,11 @@ impl Scheduler {
             let outcome = outcomes.next_if(|result| result.sequence == run.sequence);
             let sequence = &mut self.running[index];
             sequence.in_flight = false;
-            sequence.computed += run.rows;
+            // What a failed run has written is of no use to anybody.
+            if !matches!(&outcome, Some(RunResult { outcome: RunOutcome::NonFinite, .. })) {
+                sequence.computed += run.rows;
+                sequence.publish(&mut self.pages);
+            }
             if sequence.cancelled {
                 self.close(index);
                 continue;
@@ -302,117 +364,15 @@ impl Scheduler {
     /// Moves waiting sequences into free slots, in order, while their prompts find pages.
     fn admit(&mut self) {
         while self.running.len() < self.config.max_sequences {
-            let Some(next) = self.waiting.front() else { return };
-            let pages = pages_for(next.tokens.len());
-            if pages > self.free_pages {
+            let Some(mut sequence) = self.waiting.pop_front() else { return };
+            if !sequence.take_pages(&mut self.pages) {
+                self.waiting.push_front(sequence);
                 return;
             }
-            let mut sequence = self.waiting.pop_front().expect("it was just looked at");
-            self.free_pages -= pages;
-            sequence.pages = pages;
             sequence.id = SequenceId(self.next_id);
             self.next_id += 1;
             self.running.push(sequence);
         }
-    }
-
-    /// Returns one row for each sequence that waits for nothing but its next token.
-    fn plan_decode(&mut self) -> Vec<Run> {
-        let limit = self.sequences_per_step();
-        let ready: Vec<SequenceId> = self
-            .running
-            .iter()
-            .filter(|sequence| !sequence.in_flight && sequence.decodes())
-            .map(|sequence| sequence.id)
-            .take(limit)
-            .collect();
-        let mut runs: Vec<Run> = Vec::new();
-        for id in ready {
-            // An earlier turn of this loop may have preempted it.
-            let Some(sequence) = find(&mut self.running, id) else { continue };
-            let pages = pages_for(sequence.tokens.len());
-            let run = Run {
-                sequence: id,
-                position: sequence.computed,
-                rows: 1,
-                output: RunOutput::Sample,
-            };
-            if pages <= sequence.pages || self.grow(id, &runs) {
-                runs.push(run);
-            }
-        }
-        runs
-    }
-
-    /// Adds rows of prompts to `runs`, oldest sequences first.
-    fn plan_prefill(&mut self, runs: &mut Vec<Run>) {
-        let limit = self.sequences_per_step();
-        let mut budget = self.config.prefill_chunk;
-        for sequence in &self.running {
-            if budget == 0 || runs.len() >= limit {
-                return;
-            }
-            if sequence.in_flight || sequence.decodes() {
-                continue;
-            }
-            let rows = budget.min(sequence.tokens.len() - sequence.computed);
-            budget -= rows;
-            runs.push(Run {
-                sequence: sequence.id,
-                position: sequence.computed,
-                rows,
-                output: sequence.output_of(rows),
-            });
-        }
-    }
-
-    /// Returns how many sequences a step takes, so that as many steps as there are stages can be
-    /// under way.
-    fn sequences_per_step(&self) -> usize {
-        self.running.len().div_ceil(self.config.steps_in_flight)
-    }
-
-    /// Finds one more page for `id`, taking those of the youngest sequence if none is free. Returns
-    /// whether there is one.
-    fn grow(&mut self, id: SequenceId, planned: &[Run]) -> bool {
-        while self.free_pages == 0 {
-            let victim = self.running.iter().rposition(|sequence| {
-                !sequence.in_flight && planned.iter().all(|run| run.sequence != sequence.id)
-            });
-            match victim {
-                Some(index) if self.running[index].id == id => {
-                    // Alone it has room, by the context limit: it waits for the others to end.
-                    if self.running.len() > 1 {
-                        self.preempt(index);
-                    }
-                    return false;
-                }
-                Some(index) => self.preempt(index),
-                None => return false,
-            }
-        }
-        let sequence = find(&mut self.running, id).expect("only others were preempted");
-        sequence.pages += 1;
-        self.free_pages -= 1;
-        true
-    }
-
-    fn preempt(&mut self, index: usize) {
-        let mut sequence = self.close(index);
-        sequence.computed = 0;
-        sequence.opened = false;
-        sequence.scores = Scores::default();
-        self.waiting.push_front(sequence);
-    }
-
-    fn close(&mut self, index: usize) -> Sequence {
-        let mut sequence = self.running.remove(index);
-        if sequence.opened {
-            self.closing.push(sequence.id);
-        }
-        self.free_pages += sequence.pages;
-        sequence.pages = 0;
-        sequence
     }
 }
 
@@ -421,5 +381,5 @@ fn find(running: &mut [Sequence], id: SequenceId) -> Option<&mut Sequence> {
 }
 
 fn ends(event: &SequenceEvent) -> bool {
-    !matches!(event, SequenceEvent::Scheduled | SequenceEvent::Token { .. })
+    !matches!(event, SequenceEvent::Scheduled { .. } | SequenceEvent::Token { .. })
 }

@@ -186,6 +186,7 @@ pub(crate) async fn warm_up(engine: &Engine) -> Result<(), String> {
         sampling: SamplingParams::greedy(),
         output: Output::Generate { max_tokens: 2, stop_ids: Vec::new() },
         traceparent: String::new(),
+        cache_salt: String::new(),
     };
     let _handle = engine.submit(request, sink).map_err(|error| error.to_string())?;
     loop {
@@ -211,8 +212,10 @@ async fn look_after(model: &Hosted, loaded: &Loaded) {
                 let load = engine.load_now();
                 metrics.set_sequences(name, SequenceState::Running, load.running);
                 metrics.set_sequences(name, SequenceState::Waiting, load.waiting);
-                metrics.set_kv_pages(name, PageState::Used, load.pages_used);
-                metrics.set_kv_pages(name, PageState::Free, load.pages - load.pages_used);
+                let held = load.pages_referenced + load.pages_cached;
+                metrics.set_kv_pages(name, PageState::Used, load.pages_referenced);
+                metrics.set_kv_pages(name, PageState::Cached, load.pages_cached);
+                metrics.set_kv_pages(name, PageState::Free, load.pages - held);
             }
             // Counts by itself, step by step.
             Role::Stage(stage) if !stage.is_alive() => return,

@@ -111,6 +111,7 @@ impl InferenceService {
             sampling: SamplingParams::greedy(),
             output: Output::Score,
             traceparent: tercet_telemetry::traceparent_of(&call.span),
+            cache_salt: String::new(),
         };
         // Dropped with this future when the caller goes away: that cancels the sequence.
         let _handle = engine
@@ -251,6 +252,7 @@ async fn submit(
             sampling: with_defaults(&model.facts, sampling, seed),
             output: Output::Generate { max_tokens: limits.max_tokens, stop_ids: limits.stop_ids },
             traceparent: tercet_telemetry::traceparent_of(&watched.span),
+            cache_salt: String::new(),
         };
         let handle = engine
             .submit(request, sink)

@@ -71,7 +71,7 @@ impl Writer {
     fn write(&self, event: SequenceEvent) {
         let mut mail = lock(&self.0.mail);
         match event {
-            SequenceEvent::Scheduled => mail.scheduled = true,
+            SequenceEvent::Scheduled { .. } => mail.scheduled = true,
             SequenceEvent::Token { index, id } => {
                 if mail.ids.is_empty() {
                     mail.first_index = index;
@@ -108,7 +108,7 @@ mod tests {
     #[tokio::test]
     async fn unread_tokens_pile_up_in_order() {
         let (mut sink, mailbox) = mailbox();
-        sink(SequenceEvent::Scheduled);
+        sink(SequenceEvent::Scheduled { cached: 0 });
         for index in 4..7 {
             sink(SequenceEvent::Token { index, id: 10 });
         }

@@ -93,6 +93,7 @@ pub(super) fn watch(
                 stop_ids: Vec::new(),
             },
             traceparent: String::new(),
+            cache_salt: String::new(),
         };
         let sink = sink(index, Sender::clone(&sender), closed.take());
         handles.push(engine.submit(request, Box::new(sink)).context("submit a sequence")?);
@@ -123,7 +124,7 @@ pub(super) fn watch(
                 }
             }
             SequenceEvent::Failed(failure) => return Err(failure.into()),
-            SequenceEvent::Scheduled | SequenceEvent::Finished(_) | SequenceEvent::Scores(_) => {}
+            SequenceEvent::Scheduled { .. } | SequenceEvent::Finished(_) | SequenceEvent::Scores(_) => {}
         }
     }
     match (prefilled, done) {

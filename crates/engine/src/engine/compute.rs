@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, atomic::Ordering},
 };
 
-use super::{Attachment, Command, EventSink, Shared, limits, lock};
+use super::{Attachment, Command, EventSink, Shared, StepObserver, StepReport, limits, lock};
 use crate::{
     pipeline::StageFrame,
     plan::StepResult,
@@ -24,6 +24,7 @@ pub(super) struct Computer {
     pub(super) runner: StageRunner,
     pub(super) sinks: HashMap<RequestKey, EventSink>,
     pub(super) downstream: Option<Attachment>,
+    pub(super) observer: Option<StepObserver>,
 }
 
 impl Computer {
@@ -88,6 +89,7 @@ impl Computer {
                     self.take_in(result);
                 }
             }
+            Command::Observe(observer) => self.observer = Some(observer),
             Command::Stop => unreachable!("the loop ends at a stop"),
         }
     }
@@ -132,6 +134,11 @@ impl Computer {
             .runner
             .step(&planned.plan, Input::Tokens(&planned.ids))
             .unwrap_or_else(|error| panic!("the scheduler planned what cannot be: {error}"));
+        let elapsed = self.runner.last_step();
+        self.scheduler.observe(&planned.shape, elapsed);
+        if let Some(observer) = &mut self.observer {
+            observer(&StepReport { shape: planned.shape, tally: planned.tally, elapsed });
+        }
         match produced {
             Produced::Results(results) => self.take_in(StepResult { step, results }),
             Produced::Activations(activations) => {
@@ -156,7 +163,7 @@ impl Computer {
     }
 
     fn tell(&mut self, key: RequestKey, event: SequenceEvent) {
-        let last = !matches!(event, SequenceEvent::Scheduled | SequenceEvent::Token { .. });
+        let last = !matches!(event, SequenceEvent::Scheduled { .. } | SequenceEvent::Token { .. });
         if let Some(sink) = self.sinks.get_mut(&key) {
             sink(event);
         }

@@ -46,6 +46,7 @@ fn request(prompt: &[u32], max_tokens: usize, sampling: SamplingParams) -> Seque
         sampling,
         output: Output::Generate { max_tokens, stop_ids: Vec::new() },
         traceparent: String::new(),
+        cache_salt: String::new(),
     }
 }
 
@@ -75,7 +76,7 @@ fn tokens(receiver: &Receiver<SequenceEvent>) -> Vec<u32> {
     let mut tokens = Vec::new();
     loop {
         match receiver.recv_timeout(WAIT).unwrap() {
-            SequenceEvent::Scheduled => {}
+            SequenceEvent::Scheduled { .. } => {}
             SequenceEvent::Token { id, .. } => tokens.push(id),
             SequenceEvent::Finished(_) => return tokens,
             other => panic!("{other:?}"),
@@ -290,10 +291,16 @@ fn a_resume_at_any_index_gives_the_same_bits() {
     for cut in 1..12 {
         let mut asked = request(prompt, 12, sampled(5));
         asked.resumed = whole[..cut].to_vec();
-        let (_handle, receiver) = submit(&engine, asked);
-        assert_eq!(tokens(&receiver), whole[cut..], "resumed after {cut} tokens");
-        let seen = std::mem::take(&mut *seen.lock().unwrap());
-        assert!(seen.values().eq(expected.values()), "resumed after {cut} tokens: logits");
+        // Without the first, with the second, the pages of the runs before.
+        for (salt, cached) in [(cut.to_string(), 0), (String::new(), 64)] {
+            asked.cache_salt = salt;
+            let (_handle, receiver) = submit(&engine, asked.clone());
+            assert_eq!(receiver.recv_timeout(WAIT), Ok(SequenceEvent::Scheduled { cached }));
+            assert_eq!(tokens(&receiver), whole[cut..], "resumed after {cut} tokens");
+            let seen = std::mem::take(&mut *seen.lock().unwrap());
+            let expected = expected.values().skip(cached);
+            assert!(seen.values().eq(expected), "resumed after {cut} tokens: logits");
+        }
     }
 }
 
@@ -308,7 +315,7 @@ fn scores_are_the_log_softmax_of_the_logits() {
     let scores = loop {
         match receiver.recv_timeout(WAIT).unwrap() {
             SequenceEvent::Scores(scores) => break scores,
-            SequenceEvent::Scheduled => {}
+            SequenceEvent::Scheduled { .. } => {}
             other => panic!("{other:?}"),
         }
     };
@@ -331,7 +338,7 @@ fn scores_are_the_log_softmax_of_the_logits() {
 #[expect(clippy::disallowed_types, reason = "no runtime here whose time could be paused")]
 fn wait_until_idle(engine: &Engine) {
     let deadline = std::time::Instant::now() + WAIT;
-    let idle = || engine.load_now().running == 0 && engine.load_now().pages_used == 0;
+    let idle = || engine.load_now().running == 0 && engine.load_now().pages_referenced == 0;
     while !idle() {
         assert!(std::time::Instant::now() < deadline, "{:?}", engine.load_now());
         std::thread::yield_now();
@@ -343,7 +350,7 @@ fn a_lost_stage_fails_its_sequences_and_a_new_one_serves() {
     let seen = Seen::default();
     let engine = pipeline(&[1], &seen, &options());
     let (_handle, receiver) = submit(&engine, request(&[1, 2], 900, sampled(1)));
-    assert_eq!(receiver.recv_timeout(WAIT), Ok(SequenceEvent::Scheduled));
+    assert_eq!(receiver.recv_timeout(WAIT), Ok(SequenceEvent::Scheduled { cached: 0 }));
     engine.detach(0, "an older link");
     assert!(matches!(receiver.recv_timeout(WAIT), Ok(SequenceEvent::Token { index: 0, .. })));
     engine.detach(1, "the cable was cut");
@@ -360,7 +367,7 @@ fn a_lost_stage_fails_its_sequences_and_a_new_one_serves() {
 fn a_dropped_handle_frees_its_pages() {
     let engine = Engine::load(&demo::model().unwrap(), &options()).unwrap();
     let (handle, receiver) = submit(&engine, request(&[1, 2], 1000, sampled(1)));
-    assert_eq!(receiver.recv_timeout(WAIT), Ok(SequenceEvent::Scheduled));
+    assert_eq!(receiver.recv_timeout(WAIT), Ok(SequenceEvent::Scheduled { cached: 0 }));
     drop(handle);
     // The sink goes with the sequence: the channel closes.
     assert!(receiver.iter().count() < 1000);

@@ -1,8 +1,11 @@
 //! One sequence on its way through the scheduler.
 
-use super::RequestKey;
+use tercet_text::{PageName, prefix::PAGE_IDS};
+
+use super::{RequestKey, pages::Pages};
 use crate::{
-    plan::{Run, RunOutcome, RunOutput, Scores, SequenceId},
+    kv::pages_for,
+    plan::{PageId, Run, RunOutcome, RunOutput, Scores, SequenceId},
     request::{Output, SequenceEvent, SequenceFailure, SequenceRequest, StopReason},
 };
 
@@ -19,24 +22,175 @@ pub(super) struct Sequence {
     /// While running.
     pub(super) id: SequenceId,
     pub(super) opened: bool,
-    pub(super) pages: usize,
     pub(super) in_flight: bool,
+    pub(super) table: Table,
+}
+
+/// The pages of a sequence, and their names.
+#[derive(Debug)]
+pub(super) struct Table {
+    /// The name before that of the first page.
+    root: PageName,
+    /// Names of the full pages of the tokens, as far as they were needed.
+    names: Vec<PageName>,
+    /// While running: pages for all tokens, in order of position.
+    pages: Vec<PageId>,
+    /// The first of them were hit: others computed them.
+    hit: usize,
+    /// The first of them have been told to the stages.
+    told: usize,
+    /// The first of them are cached under their names.
+    published: usize,
+    /// The page after those is cached already, as computed by somebody else.
+    diverged: bool,
+}
+
+impl Table {
+    pub(super) fn new(root: PageName) -> Self {
+        Self {
+            root,
+            names: Vec::new(),
+            pages: Vec::new(),
+            hit: 0,
+            told: 0,
+            published: 0,
+            diverged: false,
+        }
+    }
+
+    pub(super) fn pages(&self) -> &[PageId] {
+        &self.pages
+    }
+
+    /// Returns the pages that the stages have not been told of and that hold positions below `end`.
+    pub(super) fn tell(&mut self, end: usize) -> Vec<PageId> {
+        let told = std::mem::replace(&mut self.told, pages_for(end));
+        self.pages[told..self.told].to_vec()
+    }
+
+    /// Adds a page at the end.
+    pub(super) fn push(&mut self, page: PageId) {
+        self.pages.push(page);
+    }
+
+    /// Names the full pages of `tokens`.
+    fn name(&mut self, tokens: &[u32]) {
+        let last = *self.names.last().unwrap_or(&self.root);
+        let named = self.names.len() * PAGE_IDS;
+        self.names.extend(last.chain(&tokens[named..]));
+    }
 }
 
 impl Sequence {
+    /// Takes pages for all tokens, cached ones where there are some; none at all if they do not
+    /// suffice. Returns whether they do.
+    pub(super) fn take_pages(&mut self, pages: &mut Pages) -> bool {
+        self.table.name(&self.tokens);
+        let hit = pages.hit(&self.table.names[..self.most_hits()], &self.tokens, 0);
+        let due = pages_for(self.tokens.len()) - hit.len();
+        if due > pages.available() {
+            pages.release(&hit);
+            return false;
+        }
+        self.table.hit = hit.len();
+        self.table.pages = hit;
+        let rest = (0..due).map(|_| pages.allocate().expect("as many were available"));
+        self.table.pages.extend(rest);
+        true
+    }
+
+    /// Before the first row: takes pages that have been cached since, instead of empty ones.
+    pub(super) fn hit_more(&mut self, pages: &mut Pages) {
+        let from = self.table.hit;
+        let more = pages.hit(&self.table.names[..self.most_hits()], &self.tokens, from);
+        if !more.is_empty() {
+            self.table.hit += more.len();
+            let spare: Vec<PageId> =
+                self.table.pages.splice(from..from + more.len(), more).collect();
+            pages.release(&spare);
+        }
+    }
+
+    /// Returns how many pages may be hit: at least the last row is to be computed.
+    fn most_hits(&self) -> usize {
+        let skippable = if self.request.may_skip_rows() { self.tokens.len() - 1 } else { 0 };
+        skippable / PAGE_IDS
+    }
+
+    /// Begins: returns the pages that hold its first positions already.
+    pub(super) fn open(&mut self) -> Vec<PageId> {
+        self.opened = true;
+        self.computed = self.table.hit * PAGE_IDS;
+        self.table.published = self.table.hit;
+        self.table.tell(self.computed)
+    }
+
+    /// Returns the first position to compute.
+    pub(super) fn next_position(&self) -> usize {
+        if self.opened { self.computed } else { self.table.hit * PAGE_IDS }
+    }
+
+    /// Returns whether `other` is about to publish the next page of this one, which has not begun.
+    pub(super) fn can_await(&self, other: &Self) -> bool {
+        let next = self.table.hit;
+        next < self.most_hits()
+            && !other.cancelled
+            && !other.table.diverged
+            && other.next_position() < (next + 1) * PAGE_IDS
+            && other.table.names.get(next) == self.table.names.get(next)
+    }
+
+    /// Caches the pages that are full.
+    pub(super) fn publish(&mut self, pages: &mut Pages) {
+        let (full, _) = self.tokens[..self.computed].as_chunks();
+        if self.table.published == full.len() || self.table.diverged {
+            return;
+        }
+        self.table.name(&self.tokens);
+        let Table { names, pages: own, published, diverged, .. } = &mut self.table;
+        for (index, ids) in full.iter().enumerate().skip(*published) {
+            let parent = index.checked_sub(1).map(|before| own[before]);
+            if pages.publish(parent, names[index], ids, own[index]) != own[index] {
+                *diverged = true;
+                return;
+            }
+            *published += 1;
+        }
+    }
+
+    /// Gives all pages up, those that are full to the cache, and is as if never begun.
+    pub(super) fn give_up_pages(&mut self, pages: &mut Pages) {
+        if self.table.diverged {
+            let (full, _) = self.tokens[..self.computed].as_chunks();
+            self.table.name(&self.tokens);
+            let mut parent = None;
+            for (index, ids) in full.iter().enumerate() {
+                let page = self.table.pages[index];
+                parent = Some(pages.publish(parent, self.table.names[index], ids, page));
+            }
+        }
+        pages.release(&self.table.pages);
+        self.table =
+            Table { names: std::mem::take(&mut self.table.names), ..Table::new(self.table.root) };
+        self.computed = 0;
+        self.opened = false;
+        self.scores = Scores::default();
+    }
+
     /// Returns whether only the row of the last token is missing, and a token is wanted after it.
     pub(super) fn decodes(&self) -> bool {
-        self.computed + 1 == self.tokens.len()
+        self.next_position() + 1 == self.tokens.len()
             && matches!(self.request.output, Output::Generate { .. })
     }
 
     /// Returns what the last stage tells of the next `rows` rows.
     pub(super) fn output_of(&self, rows: usize) -> RunOutput {
-        let end = self.computed + rows;
+        let first = self.next_position();
+        let end = first + rows;
         match self.request.output {
-            Output::Score => RunOutput::Score(
-                self.tokens[self.computed + 1..self.tokens.len().min(end + 1)].to_vec(),
-            ),
+            Output::Score => {
+                RunOutput::Score(self.tokens[first + 1..self.tokens.len().min(end + 1)].to_vec())
+            }
             Output::Generate { .. } if end == self.tokens.len() => RunOutput::Sample,
             Output::Generate { .. } => RunOutput::None,
         }

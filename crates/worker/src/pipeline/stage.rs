@@ -4,7 +4,7 @@ use std::{collections::HashMap, sync::Mutex, thread};
 
 use tercet_engine::{
     Downstream as _, Followed, Follower, SamplingParams, StageFrame,
-    plan::{OpenSequence, Run, RunOutput, SequenceId, StepPlan},
+    plan::{OpenSequence, PageId, Run, RunOutput, SequenceId, StepPlan},
 };
 use tercet_proto::{
     Reason,
@@ -256,8 +256,10 @@ impl Computer {
             id: sequence,
             sampling: SamplingParams::greedy(),
             traceparent: String::new(),
+            pages: Vec::new(),
         };
-        let run = Run { sequence, position: 0, rows: 1, output: RunOutput::Sample };
+        let pages = vec![PageId(0)];
+        let run = Run { sequence, position: 0, rows: 1, output: RunOutput::Sample, pages };
         let plan = StepPlan { step: 0, open: vec![open], close: Vec::new(), runs: vec![run] };
         let activations = vec![0.0; self.hidden];
         let computed = self.follower.apply(StageFrame { plan, activations });

@@ -5,7 +5,7 @@ use bytes::Bytes;
 use tercet_engine::{
     SamplingParams, StageFrame,
     plan::{
-        OpenSequence, Run, RunOutcome, RunOutput, RunResult, Scores, SequenceId, StepPlan,
+        OpenSequence, PageId, Run, RunOutcome, RunOutput, RunResult, Scores, SequenceId, StepPlan,
         StepResult,
     },
 };
@@ -50,7 +50,16 @@ fn open(open: OpenSequence) -> v1::OpenSequence {
         sequence: open.id.0,
         sampler: Some(v1::SamplerParameters { temperature, top_k, top_p, seed }),
         traceparent: open.traceparent,
+        pages: pages(open.pages),
     }
+}
+
+fn pages(pages: Vec<PageId>) -> Vec<u32> {
+    pages.into_iter().map(|page| page.0).collect()
+}
+
+fn read_pages(pages: Vec<u32>) -> Vec<PageId> {
+    pages.into_iter().map(PageId).collect()
 }
 
 fn run(run: Run) -> v1::Run {
@@ -58,6 +67,7 @@ fn run(run: Run) -> v1::Run {
         sequence: run.sequence.0,
         position: number(run.position),
         rows: number(run.rows),
+        pages: pages(run.pages),
         output: match run.output {
             RunOutput::None => None,
             RunOutput::Sample => Some(v1::run::Output::Sample(v1::SampleOutput {})),
@@ -81,7 +91,7 @@ pub(crate) fn read_step(message: v1::Step) -> Result<StageFrame, WireError> {
 }
 
 fn read_open(step: u64, open: v1::OpenSequence) -> Result<OpenSequence, WireError> {
-    let v1::OpenSequence { sequence, sampler, traceparent } = open;
+    let v1::OpenSequence { sequence, sampler, traceparent, pages } = open;
     let usable = |sampler: &v1::SamplerParameters| {
         sampler.temperature.is_finite()
             && sampler.temperature >= 0.0
@@ -91,7 +101,8 @@ fn read_open(step: u64, open: v1::OpenSequence) -> Result<OpenSequence, WireErro
     let v1::SamplerParameters { temperature, top_k, top_p, seed } =
         sampler.filter(usable).ok_or(WireError::Sampler { step, sequence })?;
     let sampling = SamplingParams { temperature, top_k, top_p, seed };
-    Ok(OpenSequence { id: SequenceId(sequence), sampling, traceparent })
+    let pages = read_pages(pages);
+    Ok(OpenSequence { id: SequenceId(sequence), sampling, traceparent, pages })
 }
 
 fn read_run(run: v1::Run) -> Run {
@@ -100,6 +111,7 @@ fn read_run(run: v1::Run) -> Run {
         sequence: SequenceId(run.sequence),
         position: size(run.position),
         rows: size(run.rows),
+        pages: read_pages(run.pages),
         output: match run.output {
             None => RunOutput::None,
             Some(v1::run::Output::Sample(v1::SampleOutput {})) => RunOutput::Sample,
@@ -160,6 +172,7 @@ mod tests {
             position: 5,
             rows,
             output,
+            pages: vec![PageId(u32::MAX), PageId(0)],
         };
         StageFrame {
             plan: StepPlan {
@@ -168,6 +181,7 @@ mod tests {
                     id: SequenceId(1),
                     sampling,
                     traceparent: "00-aa-bb-01".to_owned(),
+                    pages: vec![PageId(7)],
                 }],
                 close: vec![SequenceId(0)],
                 runs: vec![

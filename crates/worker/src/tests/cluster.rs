@@ -81,18 +81,24 @@ async fn a_stage_serves_one_head_and_only_its_latest_epoch() {
 async fn frames_that_do_not_belong_end_the_link() {
     let node = last_stage().await;
     let hidden = demo::model().unwrap().config.hidden;
-    let run = |sequence| v1::Run {
+    let run = |sequence: u64| v1::Run {
         sequence,
         position: 0,
         rows: 1,
+        pages: vec![u32::try_from(sequence - 1).unwrap()],
         output: Some(v1::run::Output::Sample(v1::SampleOutput {})),
     };
     let sampler = v1::SamplerParameters { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 };
-    let open = v1::OpenSequence { sequence: 1, sampler: Some(sampler), traceparent: String::new() };
+    let opened = |sequence, pages| v1::OpenSequence {
+        sequence,
+        sampler: Some(sampler),
+        traceparent: String::new(),
+        pages,
+    };
     let good = v1::Step {
         epoch: 2,
         step: 0,
-        open: vec![open],
+        open: vec![opened(1, Vec::new())],
         close: Vec::new(),
         runs: vec![run(1)],
         activations: vec![0; hidden * 4].into(),
@@ -100,6 +106,20 @@ async fn frames_that_do_not_belong_end_the_link() {
     let spoilt = [
         (v1::Step { epoch: 1, ..good.clone() }, Reason::StaleEpoch),
         (v1::Step { runs: vec![run(9)], ..good.clone() }, Reason::PipelineBroken),
+        // Shares a page that is not full.
+        (
+            v1::Step { open: vec![opened(2, vec![0])], runs: vec![run(2)], ..good.clone() },
+            Reason::PipelineBroken,
+        ),
+        // Writes a page that another sequence has.
+        (
+            v1::Step {
+                open: vec![opened(2, Vec::new())],
+                runs: vec![v1::Run { sequence: 2, ..run(1) }],
+                ..good.clone()
+            },
+            Reason::PipelineBroken,
+        ),
         (v1::Step { activations: vec![0; 8].into(), ..good.clone() }, Reason::PipelineBroken),
         (v1::Step { activations: vec![0; 7].into(), ..good.clone() }, Reason::InvalidRequest),
     ];

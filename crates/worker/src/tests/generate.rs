@@ -128,8 +128,8 @@ async fn a_dropped_stream_frees_its_sequence() {
     let most_pages = Cell::new(0);
     eventually("the engine is idle", || {
         let load = node.load();
-        most_pages.set(load.pages_used.max(most_pages.get()));
-        load.running + load.waiting + load.pages_used == 0
+        most_pages.set(load.pages_referenced.max(most_pages.get()));
+        load.running + load.waiting + load.pages_referenced == 0
     })
     .await;
     // Completions computed to their ends would have filled 16 pages each.

@@ -146,6 +146,7 @@ async fn break_down(model: &Hosted) {
         sampling: SamplingParams::greedy(),
         output: Output::Generate { max_tokens: 3, stop_ids: Vec::new() },
         traceparent: String::new(),
+        cache_salt: String::new(),
     };
     // Is told on the compute thread.
     let _handle = engine.submit(request, Box::new(|_| panic!("on purpose"))).unwrap();

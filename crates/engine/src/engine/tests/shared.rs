@@ -19,7 +19,7 @@ fn engines_on_one_pool_take_turns_and_change_no_token() {
         let engines = [engine(&pool, None), engine(&pool, None), engine(&pool, None)];
         // Never ends by itself: an engine that computes all the time stops no other.
         let (_busy, stream) = submit(&engines[0], request(&[1, 2], 1000, sampled(9)));
-        assert_eq!(stream.recv_timeout(WAIT), Ok(SequenceEvent::Scheduled));
+        assert_eq!(stream.recv_timeout(WAIT), Ok(SequenceEvent::Scheduled { cached: 0 }));
         let begun: Vec<_> = engines[1..]
             .iter()
             .zip(0..)

@@ -273,6 +273,7 @@ impl EngineArgs {
             max_sequences: self.max_sequences.get(),
             max_waiting: self.max_waiting.get(),
             prefill_chunk: self.compute.prefill_chunk.get(),
+            ..EngineOptions::default()
         }
     }
 }

@@ -94,5 +94,6 @@ fn options(args: &BenchArgs, threads: usize, load: &Load, model: &ModelFile) -> 
         // The engine counts those it is about to admit as well.
         max_waiting: 2 * load.batch,
         prefill_chunk: load.chunk,
+        ..EngineOptions::default()
     }
 }

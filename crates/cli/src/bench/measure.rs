@@ -124,7 +124,9 @@ pub(super) fn watch(
                 }
             }
             SequenceEvent::Failed(failure) => return Err(failure.into()),
-            SequenceEvent::Scheduled { .. } | SequenceEvent::Finished(_) | SequenceEvent::Scores(_) => {}
+            SequenceEvent::Scheduled { .. }
+            | SequenceEvent::Finished(_)
+            | SequenceEvent::Scores(_) => {}
         }
     }
     match (prefilled, done) {

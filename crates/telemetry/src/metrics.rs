@@ -99,6 +99,13 @@ label_values! {
         /// Kept for a prefix that may come again.
         Cached = "cached",
     }
+    /// What the row of a step is computed for.
+    RowKind {
+        /// Of a prompt.
+        Prompt = "prompt",
+        /// The last token of a stream, to choose the next.
+        Decode = "decode",
+    }
     /// Why a stream went on at another worker.
     MoveCause {
         /// The connection broke or the stream ended without a word.
@@ -168,6 +175,12 @@ struct ModelStateLabels {
 }
 
 #[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct RowLabels {
+    gen_ai_request_model: String,
+    kind: RowKind,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
 struct PageLabels {
     gen_ai_request_model: String,
     state: PageState,
@@ -211,8 +224,10 @@ struct Inner {
     sequences: Family<SequenceLabels, Gauge>,
     kv_pages: Family<PageLabels, Gauge>,
     model_states: Family<ModelStateLabels, Gauge>,
-    step_duration: Histogram,
-    step_rows: Counter,
+    step_duration: HistogramFamily<ModelLabels>,
+    step_rows: Family<RowLabels, Counter>,
+    preemptions: Family<ModelLabels, Counter>,
+    prefix_hit_tokens: Family<ModelLabels, Counter>,
 }
 
 impl Metrics {
@@ -239,8 +254,10 @@ impl Metrics {
             sequences: Family::default(),
             kv_pages: Family::default(),
             model_states: Family::default(),
-            step_duration: Histogram::new(STEP_DURATION_SECONDS),
-            step_rows: Counter::default(),
+            step_duration: Family::new_with_constructor(|| Histogram::new(STEP_DURATION_SECONDS)),
+            step_rows: Family::default(),
+            preemptions: Family::default(),
+            prefix_hit_tokens: Family::default(),
         };
 
         let registry = &mut inner.registry;
@@ -305,6 +322,16 @@ impl Metrics {
             "tercet_step_rows",
             "Rows computed by steps: prompt tokens and decoded tokens",
             inner.step_rows.clone(),
+        );
+        registry.register(
+            "tercet_preemptions",
+            "Sequences that lost their KV pages to older ones, to be computed anew",
+            inner.preemptions.clone(),
+        );
+        registry.register(
+            "tercet_prefix_hit_tokens",
+            "Tokens that were not computed, since their KV pages were cached",
+            inner.prefix_hit_tokens.clone(),
         );
         registry.register(
             "tercet_build",
@@ -396,10 +423,27 @@ impl Metrics {
         }
     }
 
-    /// Records one step of the engine.
-    pub fn step(&self, duration: std::time::Duration, rows: u64) {
-        self.0.step_duration.observe(duration.as_secs_f64());
-        self.0.step_rows.inc_by(rows);
+    /// Records one step of the engine of a model, and the rows that it computed.
+    pub fn step(&self, model: &str, duration: std::time::Duration, rows: &[(RowKind, usize)]) {
+        let model = self.model_label(model);
+        let labels = ModelLabels { gen_ai_request_model: model.clone() };
+        self.0.step_duration.get_or_create(&labels).observe(duration.as_secs_f64());
+        for &(kind, rows) in rows {
+            let labels = RowLabels { gen_ai_request_model: model.clone(), kind };
+            self.0.step_rows.get_or_create(&labels).inc_by(rows as u64);
+        }
+    }
+
+    /// Counts sequences of a model that lost their pages to others.
+    pub fn preempted(&self, model: &str, sequences: usize) {
+        let labels = ModelLabels { gen_ai_request_model: self.model_label(model) };
+        self.0.preemptions.get_or_create(&labels).inc_by(sequences as u64);
+    }
+
+    /// Counts tokens of a model that were not computed, since their pages were cached.
+    pub fn prefix_hit(&self, model: &str, tokens: usize) {
+        let labels = ModelLabels { gen_ai_request_model: self.model_label(model) };
+        self.0.prefix_hit_tokens.get_or_create(&labels).inc_by(tokens as u64);
     }
 
     fn model_label(&self, model: &str) -> String {

@@ -3,9 +3,11 @@
 use std::{ops::ControlFlow, sync::Arc};
 
 use tercet_engine::{
-    Engine, EngineError, Follower, ModelError, ModelFile, demo, model_file::LoadProgress,
+    Engine, EngineError, Follower, ModelError, ModelFile, StepReport, demo,
+    model_file::LoadProgress,
 };
 use tercet_proto::v1::LoadStage;
+use tercet_telemetry::{Metrics, RowKind};
 use tercet_text::{ChatTemplate, TemplateError, Tokenizer, TokenizerError};
 use thiserror::Error;
 
@@ -64,9 +66,20 @@ pub(crate) fn load(file: &ModelFile, model: &Hosted) -> Result<Loaded, LoadError
         let engine = Engine::load_on(file, &options, pool, None, reading)?;
         model.keep_kv(engine.kv_bytes());
         let parts = engine.part_digests(hashing)?;
+        let (metrics, name) = (metrics.clone(), facts.name.clone());
+        engine.observe_steps(Box::new(move |report| count(&metrics, &name, report)));
         (Role::Engine(Arc::new(engine)), parts)
     };
     Ok(Loaded { tokenizer, template, parts, role })
+}
+
+/// Counts a step of the engine of a model.
+fn count(metrics: &Metrics, model: &str, report: &StepReport) {
+    let StepReport { shape, tally, elapsed } = report;
+    let rows = [(RowKind::Prompt, shape.prompt_rows), (RowKind::Decode, shape.decode_rows)];
+    metrics.step(model, *elapsed, &rows);
+    metrics.preempted(model, tally.preemptions);
+    metrics.prefix_hit(model, tally.hit_tokens);
 }
 
 /// Returns what tells of a stage of loading, and ends it when the model is not wanted any more.

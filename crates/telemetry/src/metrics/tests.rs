@@ -75,7 +75,10 @@ fn gauges_and_counters_have_their_names() {
     metrics.worker_outstanding("w-1").set(4);
     metrics.stream_moved(MoveCause::Draining);
     metrics.reject(Component::Gateway, "OVERLOADED");
-    metrics.step(Duration::from_millis(3), 12);
+    metrics.step("demo", Duration::from_millis(3), &[(RowKind::Prompt, 12), (RowKind::Decode, 0)]);
+    metrics.step("demo", Duration::from_millis(3), &[(RowKind::Decode, 2)]);
+    metrics.preempted("demo", 3);
+    metrics.prefix_hit("demo", 128);
     for (series, expected) in [
         ("tercet_sequences{gen_ai_request_model=\"demo\",state=\"waiting\"}", 3.0),
         ("tercet_kv_pages{gen_ai_request_model=\"demo\",state=\"cached\"}", 5.0),
@@ -85,9 +88,12 @@ fn gauges_and_counters_have_their_names() {
         ("tercet_worker_outstanding{worker=\"w-1\"}", 4.0),
         ("tercet_stream_moves_total{cause=\"draining\"}", 1.0),
         ("tercet_rejections_total{component=\"gateway\",reason=\"OVERLOADED\"}", 1.0),
-        ("tercet_step_duration_seconds_bucket{le=\"0.0025\"}", 0.0),
-        ("tercet_step_duration_seconds_bucket{le=\"0.005\"}", 1.0),
-        ("tercet_step_rows_total", 12.0),
+        ("tercet_step_duration_seconds_bucket{le=\"0.0025\",gen_ai_request_model=\"demo\"}", 0.0),
+        ("tercet_step_duration_seconds_bucket{le=\"0.005\",gen_ai_request_model=\"demo\"}", 2.0),
+        ("tercet_step_rows_total{gen_ai_request_model=\"demo\",kind=\"prompt\"}", 12.0),
+        ("tercet_step_rows_total{gen_ai_request_model=\"demo\",kind=\"decode\"}", 2.0),
+        ("tercet_preemptions_total{gen_ai_request_model=\"demo\"}", 3.0),
+        ("tercet_prefix_hit_tokens_total{gen_ai_request_model=\"demo\"}", 128.0),
     ] {
         assert_eq!(value(&metrics, series), Some(expected), "{series} in {}", metrics.encode());
     }

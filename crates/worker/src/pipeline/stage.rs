@@ -10,7 +10,7 @@ use tercet_proto::{
     Reason,
     v1::{self, ConnectResponse, connect_response},
 };
-use tercet_telemetry::{Metrics, PageState, SequenceState};
+use tercet_telemetry::{Metrics, PageState, RowKind, SequenceState};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -214,7 +214,11 @@ impl Computer {
             let span = span::stage(&open.traceparent, &self.model, &self.layers, open.id.0);
             self.spans.insert(open.id, span);
         }
+        let alone = |run: &&Run| run.rows == 1 && run.output == RunOutput::Sample;
+        let decode = frame.plan.runs.iter().filter(alone).count();
+        let rows = [(RowKind::Prompt, frame.plan.rows() - decode), (RowKind::Decode, decode)];
         let followed = self.follower.apply(frame);
+        self.metrics.step(&self.model, self.follower.last_step(), &rows);
         match followed.map_err(|error| Reason::PipelineBroken.status(error.to_string()))? {
             Followed::Forward(frame) => match &mut current.next {
                 Some(next) => {

@@ -44,7 +44,7 @@ fn next_token(tokens: &[u32]) -> u32 {
 /// In a prompt, makes the computation fail there.
 const POISON: u32 = 999;
 
-/// Stands in for the stages: the real page array, where the key of a position is its id.
+/// Stands in for the stages: the real page array, where the key of a position stands for its id.
 struct Stages {
     kv: KvCache,
     open: HashSet<SequenceId>,
@@ -76,7 +76,7 @@ impl Stages {
             for (position, id) in (run.position..).zip(ids.by_ref().take(run.rows)) {
                 failed |= id == POISON;
                 // What is computed from a failed row on is of no use.
-                let key = if failed { f32::NAN } else { id as f32 };
+                let key = if failed { f32::NAN } else { f32::from_bits(id + 1) };
                 self.kv.write(run.sequence, 0, position, &[key], &[0.0]);
             }
             let held = || self.held(run.sequence, run.position + run.rows);
@@ -101,8 +101,8 @@ impl Stages {
         let id = |position: usize| {
             let key =
                 self.kv.block(table, position / PAGE_POSITIONS, 0, 0).0[position % PAGE_POSITIONS];
-            assert!(key >= 0.0, "position {position} of {sequence} was never computed");
-            key as u32
+            assert!(key > 0.0, "position {position} of {sequence} was never computed");
+            key.to_bits() - 1
         };
         (0..positions).map(id).collect()
     }

@@ -139,9 +139,9 @@ fn a_short_prompt_overtakes_a_long_one_and_both_end() {
     let mut simulation = Simulation::new(SchedulerConfig { context: 4096, ..config(64, 8, 16) });
     simulation.submit(0, request(&prompt(1, 3000), 1));
     let mut steps = 0;
-    for key in 1..20 {
-        simulation.submit(key, request(&prompt(key as u32 + 1, 30), 1));
-        while simulation.told[&RequestKey(key)].len() < 3 {
+    for key in 1_u32..20 {
+        simulation.submit(key.into(), request(&prompt(key + 1, 30), 1));
+        while simulation.told[&RequestKey(key.into())].len() < 3 {
             simulation.plan();
             simulation.apply();
             steps += 1;
@@ -165,8 +165,8 @@ fn streams_are_stretched_and_no_more() {
         simulation.apply();
         shape
     };
-    for key in 0..8 {
-        simulation.submit(key, request(&prompt(key as u32, 30), 500));
+    for key in 0_u32..8 {
+        simulation.submit(key.into(), request(&prompt(key, 30), 500));
     }
     while step(&mut simulation).decode_rows < 8 {}
     for _ in 0..9 {

@@ -32,7 +32,7 @@ fn a_sequence_cancelled_in_its_prefill_ends_with_the_step() {
     permits.send(()).unwrap();
     let (next, position) = seen.recv_timeout(WAIT).unwrap();
     assert!(next != sequence && position == 0, "row {position} of {next} after the cancelled one");
-    assert!(events.iter().all(|event| event == SequenceEvent::Scheduled));
+    assert!(events.iter().all(|event| event == SequenceEvent::Scheduled { cached: 0 }));
 }
 
 #[test]

@@ -127,7 +127,13 @@ impl Core {
                     .status(format!("model {asked:?} is not served here: {}", self.served()))
             });
         }
-        let models = self.models();
+        let mut models = self.models();
+        let stays =
+            |model: &Arc<Hosted>| !matches!(model.phase(), Phase::Draining | Phase::Failed(_));
+        // Those on their way out are asked only if there is nothing else, to say so themselves.
+        if models.iter().any(stays) {
+            models.retain(stays);
+        }
         match models.as_slice() {
             [only] => Ok(Arc::clone(only)),
             [] => Err(Reason::ModelUnknown.status(NO_MODEL)),

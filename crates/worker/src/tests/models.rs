@@ -274,6 +274,8 @@ async fn streams_finish_before_their_model_is_unloaded() {
             assert_eq!(Reason::of(&refused), Some(Reason::Draining), "nothing new begins");
             let again = unload(&node, "a", None).await.unwrap_err();
             assert_eq!(again.code(), Code::FailedPrecondition, "{again}");
+            let unnamed = generate(&node, request(5)).await.unwrap();
+            assert_eq!(unnamed.started.model, "b", "the only one that stays");
             read_on(&mut stream, started, 0).await
         };
         tokio::join!(unload(&node, "a", None), reading)
@@ -388,4 +390,24 @@ async fn what_cannot_be_configured_is_refused() {
         config.models = vec![ModelSpec { kv_bytes: Some(1 << 40), ..named("a") }];
     });
     assert!(kv.contains(&(1_u64 << 40).to_string()) && kv.contains("67108864"), "{kv}");
+}
+
+#[tokio::test]
+async fn a_model_can_be_unloaded_while_it_is_loaded() {
+    let dir = ModelDir::new();
+    let (node, _registry) = two(Some(&dir)).await;
+    let before = describe(&node).await;
+    for _ in 0..5 {
+        let (loaded, unloaded) = tokio::join!(load(&node, "good.gguf", "c", 0), async {
+            let core = &node.condition.core;
+            eventually("the model on its way", || core.model("c").is_some()).await;
+            unload(&node, "c", Some(0)).await
+        });
+        assert_eq!(unloaded.unwrap(), 0);
+        if let Err(status) = loaded {
+            assert_eq!(Reason::of(&status), Some(Reason::Draining), "{status}");
+        }
+        assert_eq!(describe(&node).await, before);
+    }
+    assert_eq!(generate(&node, asking("a", request(5))).await.unwrap().ids.len(), 5);
 }

@@ -101,7 +101,11 @@ impl Kernels {
         assert!(n <= x.rows() && n <= out.rows(), "{n} rows of {} in {}", x.rows(), out.rows());
         assert!(out.columns().end <= w.rows(), "columns {:?} of {}", out.columns(), w.rows());
         if let Some(scales) = w.block_scales() {
-            return scalar::ternary::matmul_blocks(w, scales, x, n, out);
+            return match self.variant {
+                Variant::Scalar => scalar::ternary::matmul_blocks(w, scales, x, n, out),
+                #[cfg(target_arch = "x86_64")]
+                Variant::Avx2(avx2) => avx2.ternary_matmul_blocks(w, scales, x, n, out),
+            };
         }
         let one = n == 0 || x.block_scales(0).is_none();
         assert!(one, "activations with block scales and a matrix with one scale");
@@ -197,7 +201,11 @@ impl Kernels {
     /// If the lengths differ.
     pub fn silu_mul(&self, gate: &mut [f32], up: &[f32]) {
         assert_eq!(gate.len(), up.len(), "gate and up");
-        scalar::vector::silu_mul(gate, up);
+        match self.variant {
+            Variant::Scalar => scalar::vector::silu_mul(gate, up),
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx2(avx2) => avx2.silu_mul(gate, up),
+        }
     }
 
     /// Adds `x` to `acc`.

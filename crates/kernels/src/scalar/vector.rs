@@ -30,8 +30,14 @@ pub(crate) fn add(acc: &mut [f32], x: &[f32]) {
 pub(crate) fn rope(head: &mut [f32], cos: &[f32], sin: &[f32]) {
     let (first, second) = head.split_at_mut(cos.len());
     for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
-        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+        turn(a, b, *cos, *sin);
     }
+}
+
+/// Turns one pair; inlined into the other variants.
+#[inline(always)]
+pub(crate) fn turn(a: &mut f32, b: &mut f32, cos: f32, sin: f32) {
+    (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
 }
 
 pub(crate) fn argmax(x: &[f32]) -> usize {

@@ -51,6 +51,18 @@ impl Avx2 {
         unsafe { ternary::matmul(w, scale, x, n, out) }
     }
 
+    pub(crate) fn ternary_matmul_blocks(
+        self,
+        w: &TernaryMatrix,
+        scales: &[f32],
+        x: &Int8Rows,
+        n: usize,
+        out: ColumnsMut<'_>,
+    ) {
+        // SAFETY: `self` exists, so the CPU has the features.
+        unsafe { ternary::blocks::matmul(w, scales, x, n, out) }
+    }
+
     pub(crate) fn dense_matmul(self, w: &DenseMatrix, x: &[f32], out: ColumnsMut<'_>) {
         // SAFETY: `self` exists, so the CPU has the features.
         unsafe { dense::matmul(w, x, out) }
@@ -74,6 +86,11 @@ impl Avx2 {
     pub(crate) fn relu2_mul(self, gate: &mut [f32], up: &[f32]) {
         // SAFETY: `self` exists, so the CPU has the features.
         unsafe { vector::relu2_mul(gate, up) }
+    }
+
+    pub(crate) fn silu_mul(self, gate: &mut [f32], up: &[f32]) {
+        // SAFETY: `self` exists, so the CPU has the features.
+        unsafe { vector::silu_mul(gate, up) }
     }
 
     pub(crate) fn add(self, acc: &mut [f32], x: &[f32]) {

@@ -66,6 +66,19 @@ fn compare(w: &TernaryMatrix, x: &[f32]) {
     }
 }
 
+/// As [`compare`], with scales for the blocks of the activations.
+fn compare_blocks(w: &TernaryMatrix, x: &[f32]) {
+    let n = x.len() / w.cols();
+    let rows = |kernels| fill(kernels, x, Int8Rows::with_blocks(n, w.cols()));
+    let expected = by_hand(w, &rows(scalar()));
+    for kernels in variants().into_iter().chain([scalar()]) {
+        for cuts in [&[][..], &[w.rows() / 3, w.rows() / 2]] {
+            let found = product(kernels, w, &rows(kernels), cuts);
+            assert_bits(kernels.isa(), &found, &expected, (w, n));
+        }
+    }
+}
+
 /// The matrix with a scale of its own for every block.
 fn blocks(w: &TernaryMatrix, random: &mut Random) -> TernaryMatrix {
     let count = w.rows() * w.cols().div_ceil(SCALE_BLOCK);
@@ -77,8 +90,8 @@ fn blocks(w: &TernaryMatrix, random: &mut Random) -> TernaryMatrix {
 #[test]
 fn products_of_blocks_equal_on_every_shape() {
     let mut random = Random(2);
-    for cols in [1, 63, 64, 65, 96, 128, 200, 256, 1280] {
-        for (rows, n) in [(1, 1), (3, 2), (5, 7)] {
+    for cols in [1, 63, 64, 65, 96, 128, 192, 200, 256, 1280] {
+        for (rows, n) in [(1, 1), (3, 2), (5, 7), (8, 3), (9, 4), (16, 5), (23, 9)] {
             let trits = random.trits(rows * cols);
             let w = TernaryMatrix::from_trits(rows, cols, 1.0, &trits).unwrap();
             let (w, x) = (blocks(&w, &mut random), random.floats(n * cols));
@@ -96,12 +109,7 @@ fn products_of_blocks_equal_on_every_shape() {
                     }
                 }
             }
-            let expected = by_hand(&w, &rows);
-            for kernels in variants().into_iter().chain([scalar()]) {
-                let rows = fill(kernels, &x, Int8Rows::with_blocks(n, cols));
-                let found = product(kernels, &w, &rows, &[rows.rows().min(w.rows()) / 2]);
-                assert_bits(kernels.isa(), &found, &expected, (rows.cols(), n));
-            }
+            compare_blocks(&w, &x);
         }
     }
     let w = TernaryMatrix::from_trits(2, 65, 1.0, &[0; 130]).unwrap();
@@ -139,6 +147,7 @@ fn the_worst_sums_do_not_wrap() {
         for trit in [1, -1] {
             let trits = vec![trit; 5 * cols];
             let w = TernaryMatrix::from_trits(5, cols, 1.0, &trits).unwrap();
+            compare_blocks(&blocks(&w, &mut Random(3)), &vec![-127.0; 3 * cols]);
             for (sign, n) in [(1.0, 1), (-1.0, 4), (1.0, 8), (-1.0, 17)] {
                 let x = vec![127.0 * sign; n * cols];
                 compare(&w, &x);
@@ -165,9 +174,13 @@ fn damaged_codes_do_not_wrap_either() {
     packed.fill(0xff);
     let w = TernaryMatrix::from_packed(4, cols, 1.0, packed.into()).unwrap();
     assert!(w.validate().is_err());
+    let blocks = blocks(&w, &mut Random(4));
     for n in [1, 2, 3, 4, 16] {
-        compare(&w, &vec![1.0; n * cols]);
-        compare(&w, &vec![-1.0; n * cols]);
+        for x in [1.0, -1.0] {
+            compare(&w, &vec![x; n * cols]);
+            compare(&blocks, &vec![x; n * cols]);
+            compare_blocks(&blocks, &vec![x; n * cols]);
+        }
     }
 }
 
@@ -244,7 +257,11 @@ proptest! {
     ) {
         let mut random = Random(seed);
         let w = TernaryMatrix::from_trits(rows, cols, 1.7e-3, &random.trits(rows * cols)).unwrap();
-        compare(&w, &random.floats(n * cols));
+        let x = random.floats(n * cols);
+        compare(&w, &x);
+        let blocks = blocks(&w, &mut random);
+        compare(&blocks, &x);
+        compare_blocks(&blocks, &x);
     }
 
     #[test]

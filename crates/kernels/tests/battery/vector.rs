@@ -38,6 +38,10 @@ fn compare(a: &[f32], b: &[f32], c: &[f32]) {
         scalar().relu2_mul(&mut expected, b);
         assert_bits(isa, &found, &expected, ("relu2_mul", a, b));
         let (mut found, mut expected) = (a.to_vec(), a.to_vec());
+        kernels.silu_mul(&mut found, b);
+        scalar().silu_mul(&mut expected, b);
+        assert_bits(isa, &found, &expected, ("silu_mul", a, b));
+        let (mut found, mut expected) = (a.to_vec(), a.to_vec());
         kernels.add(&mut found, b);
         scalar().add(&mut expected, b);
         assert_bits(isa, &found, &expected, ("add", a, b));

@@ -12,6 +12,8 @@
 //! `10 * 4 * 762 = 30480 < 32768`; then the lanes are widened to 32 bits, where
 //! [`MAX_COLS`](crate::pack::MAX_COLS) is the bound.
 
+pub(super) mod blocks;
+
 use std::arch::x86_64::{
     __m256i, _mm_add_epi32, _mm_cvtsi128_si32, _mm_shuffle_epi32, _mm256_add_epi16,
     _mm256_add_epi32, _mm256_and_si256, _mm256_castps_si256, _mm256_castsi256_si128,

@@ -2,11 +2,15 @@
 
 use std::arch::x86_64::{
     _CMP_GT_OQ, _CMP_LT_OQ, _mm256_add_epi32, _mm256_add_ps, _mm256_andnot_ps, _mm256_blendv_ps,
-    _mm256_castps_si256, _mm256_castsi256_ps, _mm256_cmp_ps, _mm256_mul_ps, _mm256_set1_epi32,
-    _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_ps, _mm256_sub_ps,
+    _mm256_castps_si256, _mm256_castsi256_ps, _mm256_cmp_ps, _mm256_div_ps, _mm256_mul_ps,
+    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_ps, _mm256_sub_ps,
+    _mm256_xor_ps,
 };
 
-use super::memory::{load, store, store_ints};
+use super::{
+    exp::exp_lanes,
+    memory::{load, store, store_ints},
+};
 use crate::scalar::vector as scalar;
 
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
@@ -36,6 +40,20 @@ pub(super) fn relu2_mul(gate: &mut [f32], up: &[f32]) {
 }
 
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
+pub(super) fn silu_mul(gate: &mut [f32], up: &[f32]) {
+    let (gate, gate_tail) = gate.as_chunks_mut();
+    let (up, up_tail) = up.as_chunks();
+    let one = _mm256_set1_ps(1.0);
+    for (gate, up) in gate.iter_mut().zip(up) {
+        let x = load(gate);
+        let negated = _mm256_xor_ps(x, _mm256_set1_ps(-0.0));
+        let kept = _mm256_div_ps(x, _mm256_add_ps(one, exp_lanes(negated)));
+        store(gate, _mm256_mul_ps(kept, load(up)));
+    }
+    scalar::silu_mul(gate_tail, up_tail);
+}
+
+#[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
 pub(super) fn add(acc: &mut [f32], x: &[f32]) {
     let (acc, acc_tail) = acc.as_chunks_mut();
     let (x, x_tail) = x.as_chunks();
@@ -47,17 +65,19 @@ pub(super) fn add(acc: &mut [f32], x: &[f32]) {
 
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
 pub(super) fn rope(head: &mut [f32], cos: &[f32], sin: &[f32]) {
-    let half = cos.len();
-    if !half.is_multiple_of(8) {
-        // Rare sizes: the tails of the two halves are apart.
-        return scalar::rope(head, cos, sin);
-    }
-    let (first, second) = head.split_at_mut(half);
-    let pairs = first.as_chunks_mut().0.iter_mut().zip(second.as_chunks_mut().0);
-    for ((a, b), (cos, sin)) in pairs.zip(cos.as_chunks().0.iter().zip(sin.as_chunks().0)) {
+    let (first, second) = head.split_at_mut(cos.len());
+    let ((first, first_tail), (second, second_tail)) =
+        (first.as_chunks_mut(), second.as_chunks_mut());
+    let ((cos, cos_tail), (sin, sin_tail)) = (cos.as_chunks(), sin.as_chunks());
+    let pairs = first.iter_mut().zip(second);
+    for ((a, b), (cos, sin)) in pairs.zip(cos.iter().zip(sin)) {
         let (x, y, cos, sin) = (load(a), load(b), load(cos), load(sin));
         store(a, _mm256_sub_ps(_mm256_mul_ps(x, cos), _mm256_mul_ps(y, sin)));
         store(b, _mm256_add_ps(_mm256_mul_ps(y, cos), _mm256_mul_ps(x, sin)));
+    }
+    let pairs = first_tail.iter_mut().zip(second_tail);
+    for ((a, b), (cos, sin)) in pairs.zip(cos_tail.iter().zip(sin_tail)) {
+        scalar::turn(a, b, *cos, *sin);
     }
 }
 

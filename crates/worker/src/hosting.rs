@@ -10,7 +10,7 @@ use std::{error::Error as StdError, sync::Arc, time::Duration};
 
 use tercet_cluster::Registry;
 use tercet_engine::{
-    Engine, ModelError, ModelFile, Output, SamplingParams, SequenceRequest, model_file,
+    Engine, EngineError, ModelError, ModelFile, Output, SamplingParams, SequenceRequest, model_file,
 };
 use tercet_proto::v1::LoadStage;
 use tercet_telemetry::{PageState, SequenceState};
@@ -92,7 +92,10 @@ async fn read_and_serve(
     // Ends early when the model is not wanted any more.
     let read = task::spawn_blocking(move || load::load(&file, &reading));
     let loaded = match read.await.map_err(|error| HostError::BrokeDown(error.to_string()))? {
-        Err(LoadError::Model(ModelError::Interrupted)) => return Ok(()),
+        Err(
+            LoadError::Model(ModelError::Interrupted)
+            | LoadError::Engine(EngineError::Model(ModelError::Interrupted)),
+        ) => return Ok(()),
         loaded => Arc::new(loaded?),
     };
     model.install(Arc::clone(&loaded));

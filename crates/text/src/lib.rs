@@ -9,15 +9,15 @@
 //! Worker and gateway both hold these, and both must come to the same answer: everything here is a
 //! pure function of the model's tokenizer, its template and the request.
 
-pub mod prefix;
 mod grammar;
+pub mod prefix;
 mod stream;
 mod template;
 mod tokenizer;
 
 pub use self::{
-    prefix::PageName,
     grammar::{Constraint, Grammar, GrammarError, Grammars, TokenMask},
+    prefix::PageName,
     stream::{Piece, StreamDecoder},
     template::{ChatMessage, ChatTemplate, TemplateError},
     tokenizer::{SpecialTokens, TokenType, Tokenizer, TokenizerError, TokenizerSource, Vocabulary},

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
+use rayon::prelude::*;
 use tercet_kernels::{AlignedBytes, DenseMatrix, DenseType, TernaryMatrix};
 
 use super::config::{ActivationScheme, Architecture, ModelConfig};
@@ -402,26 +403,31 @@ impl LayerTensors {
         self.0.iter().flatten().map(|tensor| tensor.range.len() as u64).sum()
     }
 
-    /// Reads the layer.
+    /// Reads the layer, its matrices side by side on the current rayon pool.
     pub(crate) fn load(&self) -> Result<LayerWeights, ModelError> {
         let tensor = |part| self.get(part).expect("every family has this part");
         let vector = |part| tensor(part).read_vector();
         let optional = |part| self.get(part).map(Tensor::read_vector).transpose();
-        let matrix = |part| tensor(part).read_ternary();
+        let parts: Vec<Part> = Part::ALL.into_iter().filter(|part| part.is_matrix()).collect();
+        // Gathered before any error is looked at, so that it is always that of the first part.
+        let matrices: Vec<_> =
+            parts.into_par_iter().map(|part| tensor(part).read_ternary()).collect();
+        let mut matrices = matrices.into_iter();
+        let mut matrix = || matrices.next().expect("one result for each matrix");
         Ok(LayerWeights {
             attn_norm: vector(Part::AttnNorm)?,
-            q: matrix(Part::Q)?,
-            k: matrix(Part::K)?,
-            v: matrix(Part::V)?,
+            q: matrix()?,
+            k: matrix()?,
+            v: matrix()?,
             q_norm: optional(Part::QNorm)?,
             k_norm: optional(Part::KNorm)?,
             attn_sub_norm: optional(Part::AttnSubNorm)?,
-            o: matrix(Part::O)?,
+            o: matrix()?,
             ffn_norm: vector(Part::FfnNorm)?,
-            gate: matrix(Part::Gate)?,
-            up: matrix(Part::Up)?,
+            gate: matrix()?,
+            up: matrix()?,
             ffn_sub_norm: optional(Part::FfnSubNorm)?,
-            down: matrix(Part::Down)?,
+            down: matrix()?,
         })
     }
 }

@@ -2,6 +2,7 @@
 
 mod fixtures;
 mod folders;
+mod formats;
 mod malformed;
 
 use std::path::{Path, PathBuf};

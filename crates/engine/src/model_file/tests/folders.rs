@@ -9,7 +9,9 @@ use tercet_text::TokenizerSource;
 
 use super::*;
 use crate::model_file::tensors::Part;
-use crate::model_file::{GenerationDefaults, ModelConfig};
+use crate::model_file::{
+    Activation, ActivationScheme, GenerationDefaults, ModelConfig, ModelFormat, RopeScaling,
+};
 
 /// One tensor: element type, shape, bytes.
 type Tensor = (Dtype, Vec<usize>, Vec<u8>);
@@ -211,6 +213,86 @@ fn sampling_settings_follow_generation_config() {
         let error = defaults(Some(generation), "sampling-3").unwrap_err().to_string();
         assert!(error.contains(field), "{field} = {value}: {error}");
     }
+}
+
+#[test]
+fn masters_of_1bitllm_are_bitnet_by_other_names() {
+    let mut folder = Folder::new();
+    folder.config["quantization_config"]["quantization_mode"] = "online".into();
+    for (name, trits) in folder.trits.clone() {
+        let (rows, cols) = match folder.tensors[&name].1[..] {
+            [quarter, cols] => (quarter * 4, cols),
+            _ => unreachable!("matrices have two dimensions"),
+        };
+        folder.dense(&name, &[rows, cols], |at| f32::from(trits[at]) * 0.75);
+        folder.tensors.remove(&format!("{name}_scale"));
+    }
+    let microsoft = folder.open("masters").unwrap();
+    let config = folder.config.as_object_mut().unwrap();
+    config.remove("quantization_config");
+    config.insert("architectures".into(), json!(["BitnetForCausalLM"]));
+    config.insert("hidden_act".into(), "silu".into());
+    let tensors = std::mem::take(&mut folder.tensors).into_iter();
+    let names = [("attn_sub_norm", "inner_attn_ln"), ("ffn_sub_norm", "ffn_layernorm")];
+    folder.tensors = tensors
+        .map(|(name, tensor)| {
+            (names.iter().fold(name, |name, (old, new)| name.replace(old, new)), tensor)
+        })
+        .collect();
+    let renamed = folder.open("1bitllm").unwrap();
+    assert_eq!(renamed.config.activation, Activation::Silu);
+    assert_eq!(load_all(&renamed).part_digests(), load_all(&microsoft).part_digests());
+}
+
+#[test]
+fn folders_of_groups_hold_the_numbers_of_their_blocks() {
+    let mut folder = Folder::new();
+    let config = folder.config.as_object_mut().unwrap();
+    config.remove("quantization_config");
+    config.insert("architectures".into(), json!(["Qwen3ForCausalLM"]));
+    config.insert("hidden_act".into(), "silu".into());
+    config.insert("head_dim".into(), 24.into());
+    config.insert(
+        "rope_scaling".into(),
+        json!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}),
+    );
+    // Rows of 96 and 160: the last group of each is shorter.
+    let scale = |row: usize, group: usize| [0.5, 0.25, 3.0][(row + group) % 3];
+    for (name, trits) in folder.trits.clone() {
+        let (rows, cols) = match folder.tensors[&name].1[..] {
+            [quarter, cols] => (quarter * 4, cols),
+            _ => unreachable!("matrices have two dimensions"),
+        };
+        let weight = |at: usize| f32::from(trits[at]) * scale(at / cols, at % cols / 64);
+        folder.dense(&name, &[rows, cols], weight);
+    }
+    for layer in 0..2 {
+        for norm in ["q_norm", "k_norm"] {
+            folder.dense(&format!("model.layers.{layer}.self_attn.{norm}.weight"), &[24], |_| 1.0);
+        }
+    }
+    let model = folder.open("groups").unwrap();
+    assert_eq!(model.format, ModelFormat::FolderTernary);
+    assert_eq!(model.config.activations, ActivationScheme::Block64);
+    let RopeScaling::Yarn { factor, attention_factor, original_context, .. } =
+        model.config.rope_scaling
+    else {
+        panic!("{:?}", model.config.rope_scaling);
+    };
+    assert_eq!((factor.to_bits(), original_context), (4.0_f32.to_bits(), 16));
+    assert!((attention_factor - 1.138_629_4).abs() < 1e-6, "{attention_factor}");
+    let weights = load_all(&model);
+    let down = &weights.layers[1].down;
+    let trits = &folder.trits["model.layers.1.mlp.down_proj.weight"];
+    for (at, trit) in trits.iter().enumerate() {
+        assert_eq!(down.trit(at / 160, at % 160), *trit);
+    }
+    for (at, found) in down.block_scales().unwrap().iter().enumerate() {
+        assert_eq!(found.to_bits(), f32::to_bits(scale(at / 3, at % 3)), "block {at}");
+    }
+    let name = "model.layers.1.mlp.down_proj.weight";
+    folder.dense(name, &[96, 160], |at| (at % 7) as f32);
+    assert!(folder.error("no-groups").contains("holds 1 in row 0, column 1, where ternary"));
 }
 
 #[test]

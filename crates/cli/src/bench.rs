@@ -94,6 +94,8 @@ fn options(args: &BenchArgs, threads: usize, load: &Load, model: &ModelFile) -> 
         // The engine counts those it is about to admit as well.
         max_waiting: 2 * load.batch,
         prefill_chunk: load.chunk,
+        // How long early ones decode beside late prompts is counted on.
+        prefill_stretch: f64::MAX,
         ..EngineOptions::default()
     }
 }

@@ -51,7 +51,8 @@ pub struct EngineOptions {
     /// Most prompt rows in a step.
     pub prefill_chunk: usize,
     /// How many times as long a step may take with prompt rows as with the decoding ones alone:
-    /// more than 1. Prompts get at least a row, however large that makes the step.
+    /// more than 1. Prompts get at least a row, however large that makes the step. [`f64::MAX`]
+    /// always gives them the whole chunk.
     pub prefill_stretch: f64,
 }
 

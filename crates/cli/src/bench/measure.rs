@@ -219,6 +219,7 @@ mod tests {
                 kv_bytes: load.kv_bytes(&model.config),
                 max_sequences: load.batch,
                 prefill_chunk: load.chunk,
+                prefill_stretch: f64::MAX,
                 ..EngineOptions::default()
             };
             let engine = Engine::load(&model, &options).unwrap();

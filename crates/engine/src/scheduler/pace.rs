@@ -114,7 +114,7 @@ impl Pace {
     /// seen first how long that is.
     pub(super) fn budget(&self, decode_rows: usize, chunk: usize, stretch: f64) -> Budget {
         let free = Budget { rows: chunk, seconds: None, first: true };
-        if decode_rows == 0 {
+        if decode_rows == 0 || stretch == f64::MAX {
             return free;
         }
         let Some(cost) = self.rows.cost() else { return free };

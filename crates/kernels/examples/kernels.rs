@@ -29,7 +29,7 @@ use std::{
 
 use tercet_kernels::{
     AlignedBytes, AttentionScratch, BLOCK_POSITIONS, Crew, DenseMatrix, DenseType, Int8Rows, Isa,
-    Kernels, Lead, MatrixMut, TernaryMatrix,
+    Kernels, Lead, MatrixMut, SCALE_BLOCK, TernaryMatrix,
 };
 
 /// Rows of the head in one call.
@@ -37,8 +37,8 @@ const HEAD_ROWS: usize = 2048;
 
 const TERNARY: [[usize; 2]; 3] = [[2560, 2560], [6912, 2560], [2560, 6912]];
 const HEAD: [usize; 2] = [128_256, 2560];
-const HEAD_TYPES: [DenseType; 4] =
-    [DenseType::F16, DenseType::Bf16, DenseType::Q8_0, DenseType::Q6K];
+const HEAD_TYPES: [DenseType; 5] =
+    [DenseType::F16, DenseType::Bf16, DenseType::Q8_0, DenseType::Q4_0, DenseType::Q6K];
 
 struct Options {
     kernels: Kernels,
@@ -57,9 +57,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         "", "n", "", "best", "median", "worst", "best"
     );
     for [rows, cols] in TERNARY {
-        let name = format!("ternary {rows}x{cols}");
-        if options.wants(&name) {
-            ternary(&options, &name, rows, cols)?;
+        for (kind, blocks) in [("ternary", false), ("ternary64", true)] {
+            let name = format!("{kind} {rows}x{cols}");
+            if options.wants(&name) {
+                ternary(&options, &name, [rows, cols], blocks)?;
+            }
         }
     }
     for kind in HEAD_TYPES {
@@ -105,11 +107,18 @@ impl Options {
     }
 }
 
-fn ternary(options: &Options, name: &str, rows: usize, cols: usize) -> Result<(), Box<dyn Error>> {
-    let bytes = rows * cols / 4;
+/// Measures a matrix with one scale, or with one for each block of weights and of activations.
+fn ternary(
+    options: &Options,
+    name: &str,
+    [rows, cols]: [usize; 2],
+    blocks: bool,
+) -> Result<(), Box<dyn Error>> {
+    let scales = rows * cols / SCALE_BLOCK;
+    let bytes = rows * cols / 4 + if blocks { 4 * scales } else { 0 };
     let mut weights = Vec::new();
     for seed in 0..options.footprint.div_ceil(bytes) {
-        let mut packed = AlignedBytes::zeroed(bytes);
+        let mut packed = AlignedBytes::zeroed(rows * cols / 4);
         let mut random = Random(seed as u64);
         for byte in &mut *packed {
             // Valid codes only: 3 becomes 1.
@@ -117,10 +126,15 @@ fn ternary(options: &Options, name: &str, rows: usize, cols: usize) -> Result<()
             let damaged = bits & (bits >> 1) & 0b0101_0101;
             *byte = bits & !(damaged << 1);
         }
-        weights.push(TernaryMatrix::from_packed(rows, cols, 0.01, packed.into())?);
+        weights.push(if blocks {
+            let scales = random.floats(scales).into();
+            TernaryMatrix::from_packed_blocks(rows, cols, scales, packed.into())?
+        } else {
+            TernaryMatrix::from_packed(rows, cols, 0.01, packed.into())?
+        });
     }
     let most = options.tokens.iter().copied().max().unwrap_or(1);
-    let mut x = Int8Rows::new(most, cols);
+    let mut x = if blocks { Int8Rows::with_blocks(most, cols) } else { Int8Rows::new(most, cols) };
     let mut random = Random(7);
     for row in 0..most {
         options.kernels.quantize(&random.floats(cols), x.row_mut(row))?;

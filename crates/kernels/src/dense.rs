@@ -15,19 +15,23 @@ pub enum DenseType {
     Bf16,
     /// 34 bytes for 32 weights: `scale: f16, values: [i8; 32]`.
     Q8_0,
+    /// 18 bytes for 32 weights of 4 bits.
+    Q4_0,
     /// 210 bytes for 256 weights of 6 bits.
     Q6K,
 }
 
 impl DenseType {
     /// Every storage format.
-    pub const ALL: [Self; 5] = [Self::F32, Self::F16, Self::Bf16, Self::Q8_0, Self::Q6K];
+    pub const ALL: [Self; 6] =
+        [Self::F32, Self::F16, Self::Bf16, Self::Q8_0, Self::Q4_0, Self::Q6K];
 
     /// Returns the number of weights that are stored together.
     pub const fn block_weights(self) -> usize {
         match self {
             Self::F32 | Self::F16 | Self::Bf16 => 1,
             Self::Q8_0 => q8_0::WEIGHTS,
+            Self::Q4_0 => q4_0::WEIGHTS,
             Self::Q6K => q6_k::WEIGHTS,
         }
     }
@@ -38,6 +42,7 @@ impl DenseType {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
             Self::Q8_0 => q8_0::BYTES,
+            Self::Q4_0 => q4_0::BYTES,
             Self::Q6K => q6_k::BYTES,
         }
     }
@@ -55,6 +60,7 @@ impl fmt::Display for DenseType {
             Self::F16 => "F16",
             Self::Bf16 => "BF16",
             Self::Q8_0 => "Q8_0",
+            Self::Q4_0 => "Q4_0",
             Self::Q6K => "Q6_K",
         })
     }
@@ -64,6 +70,15 @@ impl fmt::Display for DenseType {
 pub(crate) mod q8_0 {
     pub(crate) const WEIGHTS: usize = 32;
     pub(crate) const BYTES: usize = 2 + WEIGHTS;
+}
+
+/// The Q4_0 block: `scale: f16`, then 16 bytes whose low halves are the codes of weights 0 to 15,
+/// the high halves those of 16 to 31; `weight = scale * (code - 8)`.
+pub(crate) mod q4_0 {
+    pub(crate) const WEIGHTS: usize = 32;
+    pub(crate) const BYTES: usize = 2 + WEIGHTS / 2;
+    /// Code of weight 0.
+    pub(crate) const ZERO: i8 = 8;
 }
 
 /// The Q6_K block of 256 weights.
@@ -94,7 +109,7 @@ pub(crate) mod q6_k {
 /// A row-major matrix of f32 values, stored in one of the [`DenseType`]s.
 ///
 /// A weight is its dequantised value in f32. The products that make it are exact in any order: the
-/// scale of a block has 11 significant bits, a Q8_0 value at most 8, and the scale of a Q6_K group
+/// scale of a block has 11 significant bits, a Q8_0 or Q4_0 value at most 8, and the scale of a Q6_K group
 /// times a value is at most 2^12 in magnitude, which leaves 23 bits of the 24 that f32 has.
 #[derive(Clone)]
 pub struct DenseMatrix {
@@ -125,6 +140,21 @@ impl DenseMatrix {
             return Err(ShapeError::Length { rows, cols, expected, found });
         }
         Ok(Self { kind, rows, cols, bytes })
+    }
+
+    /// Checks that every weight is a finite number; reads all bytes.
+    pub fn validate(&self) -> Result<(), ShapeError> {
+        for row in 0..self.rows {
+            let bytes = self.row_bytes(row);
+            if !all_finite(self.kind, bytes) {
+                let block = bytes
+                    .chunks_exact(self.kind.block_bytes())
+                    .position(|block| !all_finite(self.kind, block))
+                    .unwrap_or_default();
+                return Err(ShapeError::Weight { row, col: block * self.kind.block_weights() });
+            }
+        }
+        Ok(())
     }
 
     /// Returns how the weights are stored.
@@ -161,6 +191,27 @@ impl DenseMatrix {
 impl fmt::Debug for DenseMatrix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "DenseMatrix({} x {}, {})", self.rows, self.cols, self.kind)
+    }
+}
+
+/// Returns whether no number or scale among whole blocks is an infinity or a NaN.
+fn all_finite(kind: DenseType, bytes: &[u8]) -> bool {
+    // Without an early end, so that the plain formats are scanned in vectors.
+    fn all<const N: usize>(bytes: &[u8], finite: impl Fn(&[u8; N]) -> bool) -> bool {
+        bytes.as_chunks().0.iter().fold(true, |all, block| all & finite(block))
+    }
+    fn half(low: u8, high: u8) -> bool {
+        u16::from_le_bytes([low, high]) & 0x7c00 != 0x7c00
+    }
+    match kind {
+        DenseType::F32 => all(bytes, |b| u32::from_le_bytes(*b) & 0x7f80_0000 != 0x7f80_0000),
+        DenseType::Bf16 => all(bytes, |b| u16::from_le_bytes(*b) & 0x7f80 != 0x7f80),
+        DenseType::F16 => all(bytes, |b: &[u8; 2]| half(b[0], b[1])),
+        DenseType::Q8_0 => all(bytes, |b: &[u8; q8_0::BYTES]| half(b[0], b[1])),
+        DenseType::Q4_0 => all(bytes, |b: &[u8; q4_0::BYTES]| half(b[0], b[1])),
+        DenseType::Q6K => {
+            all(bytes, |b: &[u8; q6_k::BYTES]| half(b[q6_k::SCALE], b[q6_k::SCALE + 1]))
+        }
     }
 }
 
@@ -202,6 +253,31 @@ mod tests {
             assert_eq!(f16_to_f32(half).to_bits(), f32::to_bits(value), "{half:#06x}");
         }
         assert!(f16_to_f32(0x7e00).is_nan());
+    }
+
+    #[test]
+    fn weights_that_are_not_finite_are_found() {
+        // The second row of two; in the block formats, the scale of its second block.
+        for (kind, cols, at, bad, col) in [
+            (DenseType::F32, 9, 4 * (9 + 7), &[0, 0, 0x80, 0xff][..], 7),
+            (DenseType::F32, 9, 4 * (9 + 8), &[1, 0, 0x80, 0x7f], 8),
+            (DenseType::F16, 37, 2 * (37 + 36), &[0, 0x7c], 36),
+            (DenseType::F16, 37, 2 * 37, &[1, 0xfe], 0),
+            (DenseType::Bf16, 37, 2 * (37 + 20), &[0x80, 0x7f], 20),
+            (DenseType::Q8_0, 64, 3 * 34, &[0, 0xfc], 32),
+            (DenseType::Q4_0, 64, 3 * 18, &[0, 0x7e], 32),
+            (DenseType::Q6K, 512, 3 * 210 + 208, &[0, 0x7c], 256),
+        ] {
+            let mut bytes = AlignedBytes::zeroed(2 * kind.row_bytes(cols));
+            // The largest finite half, and codes of all bits; both bytes of an F32 or BF16 stay
+            // below the exponent of infinity.
+            bytes.as_chunks_mut().0.fill([0xff, 0x7b]);
+            let matrix = |bytes: &[u8]| DenseMatrix::new(kind, 2, cols, bytes.into()).unwrap();
+            assert_eq!(matrix(&bytes).validate(), Ok(()), "{kind}");
+            bytes[at..][..bad.len()].copy_from_slice(bad);
+            let found = matrix(&bytes).validate();
+            assert_eq!(found, Err(ShapeError::Weight { row: 1, col }), "{kind}");
+        }
     }
 
     #[test]

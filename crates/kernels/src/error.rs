@@ -53,6 +53,13 @@ pub enum ShapeError {
         /// The scale found.
         bits: u32,
     },
+    /// A dense weight that is not finite, or the scale of its block.
+    Weight {
+        /// Row of the weight.
+        row: usize,
+        /// Column of the weight, or of the first of its block.
+        col: usize,
+    },
     /// The number of block scales is not what rows and columns need.
     ScaleCount {
         /// Rows of the matrix.
@@ -97,6 +104,12 @@ impl fmt::Display for ShapeError {
             ),
             Self::Scale { bits } => {
                 write!(f, "weight scale {} is not finite", f32::from_bits(bits))
+            }
+            Self::Weight { row, col } => {
+                write!(
+                    f,
+                    "the weight at row {row}, column {col} is not finite, the file is damaged"
+                )
             }
             Self::ScaleCount { rows, cols, expected, found } => write!(
                 f,

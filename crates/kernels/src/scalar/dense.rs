@@ -2,7 +2,7 @@
 
 use crate::{
     ColumnsMut, DenseMatrix, DenseType,
-    dense::{f16_to_f32, q6_k, q8_0},
+    dense::{f16_to_f32, q4_0, q6_k, q8_0},
     scalar::lanes,
 };
 
@@ -39,6 +39,12 @@ pub(crate) fn row(kind: DenseType, bytes: &[u8], out: &mut [f32]) {
                 block_q8_0(block, out);
             }
         }
+        DenseType::Q4_0 => {
+            let blocks = bytes.as_chunks::<{ q4_0::BYTES }>().0;
+            for (block, out) in blocks.iter().zip(out.as_chunks_mut().0) {
+                block_q4_0(block, out);
+            }
+        }
         DenseType::Q6K => {
             let blocks = bytes.as_chunks::<{ q6_k::BYTES }>().0;
             for (block, out) in blocks.iter().zip(out.as_chunks_mut().0) {
@@ -52,6 +58,15 @@ fn block_q8_0(block: &[u8; q8_0::BYTES], out: &mut [f32; q8_0::WEIGHTS]) {
     let scale = f16_to_f32(u16::from_le_bytes([block[0], block[1]]));
     for (value, out) in block[2..].iter().zip(out) {
         *out = scale * f32::from(value.cast_signed());
+    }
+}
+
+fn block_q4_0(block: &[u8; q4_0::BYTES], out: &mut [f32; q4_0::WEIGHTS]) {
+    let scale = f16_to_f32(u16::from_le_bytes([block[0], block[1]]));
+    let (low, high) = out.split_at_mut(q4_0::WEIGHTS / 2);
+    for (codes, (low, high)) in block[2..].iter().zip(low.iter_mut().zip(high)) {
+        *low = scale * f32::from((codes & 15).cast_signed() - q4_0::ZERO);
+        *high = scale * f32::from((codes >> 4).cast_signed() - q4_0::ZERO);
     }
 }
 

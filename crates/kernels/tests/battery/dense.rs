@@ -12,6 +12,7 @@ fn matrix(random: &mut Random, kind: DenseType, rows: usize, cols: usize) -> Den
         DenseType::Bf16 => bytes.chunks_exact_mut(2).for_each(|b| b[1] = b[1] & 0x80 | 0x3d),
         DenseType::F16 => bytes.chunks_exact_mut(2).for_each(finite_half),
         DenseType::Q8_0 => bytes.chunks_exact_mut(34).for_each(|b| finite_half(&mut b[..2])),
+        DenseType::Q4_0 => bytes.chunks_exact_mut(18).for_each(|b| finite_half(&mut b[..2])),
         DenseType::Q6K => bytes.chunks_exact_mut(210).for_each(|b| finite_half(&mut b[208..])),
     }
     DenseMatrix::new(kind, rows, cols, bytes.as_slice().into()).unwrap()
@@ -99,6 +100,16 @@ fn block_formats_dequantise_exactly() {
             assert_eq!(f64::from(found), scale * group * value);
         }
     }
+    let w = matrix(&mut random, DenseType::Q4_0, 1, 2560);
+    let found = weights(scalar(), &w, 0);
+    for (block, found) in w.bytes().chunks_exact(18).zip(found.chunks_exact(32)) {
+        let half = DenseMatrix::new(DenseType::F16, 1, 1, block[..2].into()).unwrap();
+        let scale = f64::from(weights(scalar(), &half, 0)[0]);
+        for (i, &found) in found.iter().enumerate() {
+            let code = block[2 + i % 16] >> (4 * (i / 16)) & 15;
+            assert_eq!(f64::from(found), scale * (f64::from(code) - 8.0));
+        }
+    }
 }
 
 #[test]
@@ -117,6 +128,12 @@ fn extreme_blocks_are_exact() {
         let w = DenseMatrix::new(DenseType::Q8_0, 1, 32, block.as_slice().into()).unwrap();
         compare(&w, &[1.0; 32]);
         compare(&w, &[1e-30; 64]);
+        for codes in [0x00, 0xff, 0x80, 0x0f] {
+            let mut block = vec![codes; 18];
+            block[..2].copy_from_slice(&scale.to_le_bytes());
+            let w = DenseMatrix::new(DenseType::Q4_0, 1, 32, block.as_slice().into()).unwrap();
+            compare(&w, &[1.0; 32]);
+        }
     }
 }
 

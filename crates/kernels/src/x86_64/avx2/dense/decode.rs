@@ -1,16 +1,26 @@
 //! Dequantisation: the exact f32 values of stored weights.
 
 use std::arch::x86_64::{
-    __m128i, __m256, _mm_cvtph_ps, _mm_cvtsi32_si128, _mm_cvtsi64_si128, _mm_cvtss_f32,
-    _mm256_castsi256_ps, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32,
-    _mm256_cvtph_ps, _mm256_mul_ps, _mm256_set1_ps, _mm256_slli_epi32,
+    __m128i, __m256, _mm_and_si128, _mm_cvtph_ps, _mm_cvtsi32_si128, _mm_cvtsi64_si128,
+    _mm_cvtss_f32, _mm_set1_epi8, _mm_srli_epi16, _mm256_castsi256_ps, _mm256_cvtepi8_epi32,
+    _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_mul_ps, _mm256_set_m128i,
+    _mm256_set1_epi8, _mm256_set1_ps, _mm256_slli_epi32, _mm256_sub_epi8,
 };
 
 use super::{
-    super::memory::{load_half, store},
+    super::memory::{load_half, store, store_bytes},
     q6_k,
 };
-use crate::{DenseType, dense::q8_0, scalar};
+use crate::{
+    DenseType,
+    dense::{q4_0, q8_0},
+    scalar,
+};
+
+/// Weights of a block of Q8_0 and Q4_0.
+pub(super) const SMALL_BLOCK: usize = 32;
+
+const _: () = assert!(q8_0::WEIGHTS == SMALL_BLOCK && q4_0::WEIGHTS == SMALL_BLOCK);
 
 /// Dequantises consecutive weights: whole blocks of the format.
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
@@ -26,17 +36,22 @@ pub(super) fn row(kind: DenseType, bytes: &[u8], out: &mut [f32], factors: &mut 
             }
             scalar::dense::row(kind, tail, out_tail);
         }
-        DenseType::Q8_0 => {
-            let (blocks, _) = bytes.as_chunks::<{ q8_0::BYTES }>();
-            for (block, out) in blocks.iter().zip(out.as_chunks_mut::<{ q8_0::WEIGHTS }>().0) {
-                let (scale, values) = split_q8_0(block);
-                let scale = _mm256_set1_ps(scale);
-                for (values, out) in values.as_chunks().0.iter().zip(out.as_chunks_mut().0) {
-                    store(out, _mm256_mul_ps(int8(values), scale));
-                }
-            }
-        }
+        DenseType::Q8_0 => small_blocks::<{ q8_0::BYTES }>(bytes, out),
+        DenseType::Q4_0 => small_blocks::<{ q4_0::BYTES }>(bytes, out),
         DenseType::Q6K => q6_k::row(bytes, out, factors),
+    }
+}
+
+/// Dequantises blocks of Q8_0 or Q4_0, which their size tells apart.
+#[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
+fn small_blocks<const BYTES: usize>(bytes: &[u8], out: &mut [f32]) {
+    let blocks = bytes.as_chunks::<BYTES>().0;
+    for (block, out) in blocks.iter().zip(out.as_chunks_mut::<SMALL_BLOCK>().0) {
+        let (scale, values) = split(block);
+        let scale = _mm256_set1_ps(scale);
+        for (values, out) in values.as_chunks().0.iter().zip(out.as_chunks_mut().0) {
+            store(out, _mm256_mul_ps(int8(values), scale));
+        }
     }
 }
 
@@ -60,12 +75,22 @@ pub(super) fn int8(bytes: &[u8; 8]) -> __m256 {
     _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))
 }
 
-/// Returns the scale and the values of a block.
+/// Returns the scale and the values of a block of Q8_0 or Q4_0.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
-pub(super) fn split_q8_0(block: &[u8; q8_0::BYTES]) -> (f32, &[u8; q8_0::WEIGHTS]) {
-    let values = block.last_chunk().expect("a block is its scale and its values");
-    (f16_scale([block[0], block[1]]), values)
+pub(super) fn split<const BYTES: usize>(block: &[u8; BYTES]) -> (f32, [u8; SMALL_BLOCK]) {
+    let scale = f16_scale([block[0], block[1]]);
+    if BYTES == q8_0::BYTES {
+        return (scale, *block.last_chunk().expect("a block is its scale and its values"));
+    }
+    let codes = load_half(block.last_chunk().expect("a block is its scale and its codes"));
+    let mask = _mm_set1_epi8(15);
+    let low = _mm_and_si128(codes, mask);
+    let high = _mm_and_si128(_mm_srli_epi16::<4>(codes), mask);
+    let mut values = [0; SMALL_BLOCK];
+    let signed = _mm256_sub_epi8(_mm256_set_m128i(high, low), _mm256_set1_epi8(q4_0::ZERO));
+    store_bytes(&mut values, signed);
+    (scale, values)
 }
 
 #[inline]

@@ -7,10 +7,14 @@ use super::{
         lanes::{Lanes, halves},
         memory::{load, load_half, prefetch_piece},
     },
-    decode::{bf16, f16, int8, split_q8_0},
+    decode::{SMALL_BLOCK, bf16, f16, int8, split},
     q6_k::{self, Factors},
 };
-use crate::{ColumnsMut, DenseMatrix, DenseType, LANES, dense::q8_0, scalar};
+use crate::{
+    ColumnsMut, DenseMatrix, DenseType, LANES,
+    dense::{q4_0, q8_0},
+    scalar,
+};
 
 const F32: u8 = 0;
 const F16: u8 = 1;
@@ -66,7 +70,8 @@ fn products<const R: usize, const T: usize>(
         DenseType::F32 => plain::<F32, 64, R, T>(rows, tokens),
         DenseType::F16 => plain::<F16, 32, R, T>(rows, tokens),
         DenseType::Bf16 => plain::<BF16, 32, R, T>(rows, tokens),
-        DenseType::Q8_0 => q8_0(rows, tokens),
+        DenseType::Q8_0 => small_blocks::<{ q8_0::BYTES }, R, T>(rows, tokens),
+        DenseType::Q4_0 => small_blocks::<{ q4_0::BYTES }, R, T>(rows, tokens),
         DenseType::Q6K => q6_k::products(rows, tokens, factors),
     };
     let cols = tokens[0].len();
@@ -147,25 +152,29 @@ fn plain_eight<const KIND: u8, const BYTES: usize>(bytes: &[u8; BYTES], half: us
     }
 }
 
+/// Sums Q8_0 or Q4_0, which the size of a block tells apart.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
-fn q8_0<const R: usize, const T: usize>(rows: [&[u8]; R], tokens: [&[f32]; T]) -> [[Lanes; T]; R] {
-    let count = tokens[0].len() / q8_0::WEIGHTS;
-    let mut x: [&[[f32; q8_0::WEIGHTS]]; T] = [&[]; T];
+fn small_blocks<const BYTES: usize, const R: usize, const T: usize>(
+    rows: [&[u8]; R],
+    tokens: [&[f32]; T],
+) -> [[Lanes; T]; R] {
+    let count = tokens[0].len() / SMALL_BLOCK;
+    let mut x: [&[[f32; SMALL_BLOCK]]; T] = [&[]; T];
     for (x, token) in x.iter_mut().zip(tokens) {
         *x = &token.as_chunks().0[..count];
     }
-    let mut blocks: [&[[u8; q8_0::BYTES]]; R] = [&[]; R];
+    let mut blocks: [&[[u8; BYTES]]; R] = [&[]; R];
     for (blocks, row) in blocks.iter_mut().zip(rows) {
         *blocks = &row.as_chunks().0[..count];
     }
     let mut sums = [[Lanes::zero(); T]; R];
     for i in 0..count {
         for r in 0..R {
-            prefetch_piece::<{ q8_0::BYTES }>(rows[0], R, R * i + r);
+            prefetch_piece::<BYTES>(rows[0], R, R * i + r);
         }
         for r in 0..R {
-            let (scale, values) = split_q8_0(&blocks[r][i]);
+            let (scale, values) = split(&blocks[r][i]);
             let scale = _mm256_set1_ps(scale);
             for (chunk, values) in values.as_chunks().0.as_chunks::<2>().0.iter().enumerate() {
                 // The products with the scale are exact.

@@ -156,7 +156,6 @@ fn plan(model: &ModelFile) -> Vec<(TensorPlan, &Tensor)> {
         cols: tensor.cols,
         kind: match tensor.storage {
             Storage::Dense(kind) => dense_number(kind),
-            Storage::Q4_0 => types::Q4_0,
             _ => types::I2_S,
         },
     };
@@ -190,6 +189,7 @@ pub(crate) fn dense_number(kind: DenseType) -> u32 {
         DenseType::F16 => types::F16,
         DenseType::Bf16 => types::BF16,
         DenseType::Q8_0 => types::Q8_0,
+        DenseType::Q4_0 => types::Q4_0,
         DenseType::Q6K => types::Q6_K,
     }
 }

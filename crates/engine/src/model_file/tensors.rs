@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use rayon::prelude::*;
-use tercet_kernels::{AlignedBytes, DenseMatrix, DenseType, TernaryMatrix};
+use tercet_kernels::{DenseMatrix, DenseType, TernaryMatrix};
 
 use super::config::{ActivationScheme, Architecture, ModelConfig};
 use super::error::ModelError;
@@ -14,9 +14,6 @@ use super::folder::shards::Entry;
 use super::mapping::FileBytes;
 use super::ternary::{self, blocks, master};
 use super::weights::LayerWeights;
-
-/// Bytes of a Q4_0 block: a scale and 32 codes of 4 bits.
-const Q4_0_BYTES: usize = 18;
 
 /// What a tensor is for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -146,8 +143,6 @@ impl Part {
 pub(crate) enum Storage {
     /// Numbers, plain or in blocks.
     Dense(DenseType),
-    /// Numbers in blocks of 32 with 4 bits each; Q8_0 once loaded, which holds the same values.
-    Q4_0,
     /// Ternary, four to a byte in blocks of 128 through the flattened tensor, scale at the end.
     I2S,
     /// Ternary, five to a byte in blocks of 256 with a scale each.
@@ -180,7 +175,6 @@ impl Storage {
     pub(crate) fn name(&self) -> String {
         match self {
             Self::Dense(kind) => kind.to_string(),
-            Self::Q4_0 => "Q4_0".to_owned(),
             Self::I2S => "I2_S".to_owned(),
             Self::Tq1_0 => "TQ1_0".to_owned(),
             Self::Tq2_0 => "TQ2_0".to_owned(),
@@ -193,7 +187,7 @@ impl Storage {
 
     /// Whether the tensor becomes ternary.
     pub(crate) fn is_ternary(&self) -> bool {
-        !matches!(self, Self::Dense(_) | Self::Q4_0)
+        !matches!(self, Self::Dense(_))
     }
 }
 
@@ -260,16 +254,16 @@ impl Tensor {
         }
     }
 
-    /// Returns the matrix, in place unless it is stored as Q4_0.
+    /// Returns the matrix in place, with every number checked.
     pub(crate) fn read_dense(&self) -> Result<Arc<DenseMatrix>, ModelError> {
-        let (kind, bytes) = match &self.storage {
-            Storage::Dense(kind) => (*kind, self.file.share(self.range.clone())),
-            Storage::Q4_0 => (DenseType::Q8_0, q8_0_of_q4_0(self.bytes()).into()),
-            other => return Err(self.error(format!("has type {}, not dense", other.name()))),
+        let Storage::Dense(kind) = self.storage else {
+            return Err(self.error(format!("has type {}, not dense", self.storage.name())));
         };
-        DenseMatrix::new(kind, self.rows, self.cols, bytes)
-            .map(Arc::new)
-            .map_err(|error| self.error(format!("does not fit its shape: {error}")))
+        let bytes = self.file.share(self.range.clone());
+        let matrix = DenseMatrix::new(kind, self.rows, self.cols, bytes)
+            .map_err(|error| self.error(format!("does not fit its shape: {error}")))?;
+        matrix.validate().map_err(|error| self.error(format!("is damaged: {error}")))?;
+        Ok(Arc::new(matrix))
     }
 
     /// Returns the matrix, in place where its layout allows, and with every code checked.
@@ -286,28 +280,11 @@ impl Tensor {
                 None => master::read(self, *kind),
             },
             Storage::Groups(kind) => blocks::read_groups(self, *kind),
-            Storage::Dense(_) | Storage::Q4_0 => {
+            Storage::Dense(_) => {
                 Err(self.error(format!("has type {}, not ternary", self.storage.name())))
             }
         }
     }
-}
-
-/// Returns Q8_0 blocks of the same values: the scale stays, codes become whole numbers.
-fn q8_0_of_q4_0(bytes: &[u8]) -> AlignedBytes {
-    let blocks = bytes.chunks_exact(Q4_0_BYTES);
-    let mut result = AlignedBytes::zeroed(blocks.len() * DenseType::Q8_0.block_bytes());
-    for (out, block) in result.chunks_exact_mut(DenseType::Q8_0.block_bytes()).zip(blocks) {
-        let (scale, codes) = block.split_at(2);
-        out[..2].copy_from_slice(scale);
-        // Byte p holds elements p and 16 + p; a code is the value plus 8.
-        let (low, high) = out[2..].split_at_mut(16);
-        for ((low, high), byte) in low.iter_mut().zip(high).zip(codes) {
-            *low = (byte & 15).wrapping_sub(8);
-            *high = (byte >> 4).wrapping_sub(8);
-        }
-    }
-    result
 }
 
 /// Reads plain floating-point numbers, `None` if the type is a block format.
@@ -324,7 +301,7 @@ pub(crate) fn read_floats(kind: DenseType, bytes: &[u8]) -> Option<Vec<f32>> {
         DenseType::Bf16 => {
             Some(bytes.chunks_exact(2).map(|c| bf16::from_le_bytes(pair(c)).to_f32()).collect())
         }
-        DenseType::Q8_0 | DenseType::Q6K => None,
+        DenseType::Q8_0 | DenseType::Q4_0 | DenseType::Q6K => None,
     }
 }
 

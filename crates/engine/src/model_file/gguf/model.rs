@@ -445,7 +445,7 @@ impl Source for GgufModel {
             types::F32 => Ok(Storage::Dense(DenseType::F32)),
             types::F16 => Ok(Storage::Dense(DenseType::F16)),
             types::BF16 => Ok(Storage::Dense(DenseType::Bf16)),
-            types::Q4_0 => Ok(Storage::Q4_0),
+            types::Q4_0 => Ok(Storage::Dense(DenseType::Q4_0)),
             types::Q8_0 => Ok(Storage::Dense(DenseType::Q8_0)),
             types::Q6_K => Ok(Storage::Dense(DenseType::Q6K)),
             _ => Err("F32, F16, BF16, Q8_0, Q6_K or Q4_0 for the embedding and the head; write \

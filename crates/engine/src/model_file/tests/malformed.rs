@@ -273,6 +273,36 @@ fn values_that_would_make_the_engine_wrong_are_refused() {
 }
 
 #[test]
+fn embeddings_that_are_not_finite_are_refused() {
+    let embed = "token_embd.weight";
+    let mut bytes = whole();
+    let start = tensor_start(&bytes, embed);
+    set(&mut bytes, start + 2 * (256 * 7 + 5), &0xfc00_u16.to_le_bytes());
+    let model = open_bytes(bytes).unwrap();
+    model.load(1..2).unwrap();
+    let error = model.load(0..1).unwrap_err().to_string();
+    assert!(error.contains(embed) && error.contains("row 7, column 5 is not finite"), "{error}");
+}
+
+#[test]
+fn embeddings_of_four_bits_stay_as_they_are() {
+    let embed = "token_embd.weight";
+    let mut bytes = whole();
+    let (at, start) = (after(&bytes, embed), tensor_start(&bytes, embed));
+    set(&mut bytes, at + 4 + 2 * 8, &types::Q4_0.to_le_bytes());
+    // One, as a half, and codes 0 to 15 in both halves of the block.
+    let block: Vec<u8> = [0x00, 0x3c].into_iter().chain((0..16).map(|code| code * 17)).collect();
+    set(&mut bytes, start, &block.repeat(512 * 256 / 32));
+    let weights = load_all(&open_bytes(bytes).unwrap());
+    let embed = weights.embed.unwrap();
+    assert_eq!(embed.kind(), tercet_kernels::DenseType::Q4_0);
+    let mut row = [0.0; 256];
+    tercet_kernels::Kernels::detect().dense_row(&embed, 511, &mut row);
+    let values: Vec<f32> = (-8_i8..8).map(f32::from).collect();
+    assert_eq!(row.to_vec(), values.repeat(16));
+}
+
+#[test]
 fn other_paths_are_not_models() {
     let folder = TempFolder::new("not-a-model");
     let error = ModelFile::open(folder.path()).unwrap_err().to_string();

@@ -4,6 +4,7 @@ mod byte_level;
 mod error;
 mod json;
 mod pre;
+mod spm;
 mod vocabulary;
 
 use std::fmt;
@@ -37,12 +38,29 @@ pub struct SpecialTokens {
 
 /// A model's tokenizer.
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    inner: Inner,
     special: SpecialTokens,
     /// Whether the post-processor of a `tokenizer.json` adds `bos` by itself.
     post_processor_adds_bos: bool,
     /// By id; `None` where the vocabulary has a gap.
     entries: Vec<Option<Entry>>,
+    start: Start,
+}
+
+/// What turns text into ids.
+enum Inner {
+    Library(Box<tokenizers::Tokenizer>),
+    Pieces(Box<spm::Tokenizer>),
+}
+
+/// What the first token of a text loses when it is decoded: the space that encoding put there.
+#[derive(Clone, Copy)]
+enum Start {
+    AsIs,
+    /// At most this many spaces.
+    WithoutSpaces(usize),
+    /// All spaces of the first token.
+    WithoutSpacesOfFirst,
 }
 
 /// What one id stands for.
@@ -63,11 +81,11 @@ impl Tokenizer {
     /// The source is malformed, or of a kind that is not supported; the message says which kinds
     /// are.
     pub fn new(source: &TokenizerSource, special: SpecialTokens) -> Result<Self, TokenizerError> {
-        let Parts { inner, entries } = match source {
+        let Parts { inner, entries, start } = match source {
             TokenizerSource::Json(text) => json::build(text)?,
             TokenizerSource::Vocabulary(vocabulary) => vocabulary::build(vocabulary)?,
         };
-        let mut tokenizer = Self { inner, special, post_processor_adds_bos: false, entries };
+        let mut tokenizer = Self { inner, special, post_processor_adds_bos: false, entries, start };
         if let Some(bos) = tokenizer.special.bos {
             if tokenizer.entry(bos).is_none() {
                 return Err(TokenizerError::UnknownBos { id: bos, ids: tokenizer.vocab_size() });
@@ -125,6 +143,42 @@ impl Tokenizer {
         Ok(ids)
     }
 
+    /// Turns ids into the text they spell as a text of its own.
+    ///
+    /// The text is the lossy UTF-8 reading of the tokens' bytes put together: each maximal invalid
+    /// sequence is one U+FFFD, and nothing else is changed: `transformers` calls that
+    /// `clean_up_tokenization_spaces=False`. Vocabularies that put a space before every text lose it
+    /// here, so decoding undoes encoding; [`StreamDecoder`](crate::StreamDecoder) keeps it, since an
+    /// answer continues a text. Special tokens are left out, or spelt as in the vocabulary.
+    ///
+    /// # Errors
+    /// An id is not in the vocabulary.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, TokenizerError> {
+        let mut bytes = Vec::new();
+        let mut first = None;
+        for id in ids {
+            let unknown = || TokenizerError::UnknownId { id: *id, ids: self.vocab_size() };
+            let entry = self.entry(*id).ok_or_else(unknown)?;
+            // Tokens without bytes of their own are the special ones and the unused.
+            let spelt = if entry.bytes.is_empty() && !skip_special {
+                entry.text.as_bytes()
+            } else {
+                &entry.bytes
+            };
+            if first.is_none() && !(entry.bytes.is_empty() && skip_special) {
+                first = Some(spelt.len());
+            }
+            bytes.extend_from_slice(spelt);
+        }
+        let most = match self.start {
+            Start::AsIs => 0,
+            Start::WithoutSpaces(most) => most,
+            Start::WithoutSpacesOfFirst => first.unwrap_or(0),
+        };
+        let spaces = bytes.iter().take(most).take_while(|byte| **byte == b' ').count();
+        Ok(String::from_utf8_lossy(&bytes[spaces..]).into_owned())
+    }
+
     /// Returns what a token adds to the generated text: nothing for special tokens and for ids
     /// outside the vocabulary (a model may have more rows than its tokenizer has tokens).
     pub fn token_bytes(&self, id: u32) -> &[u8] {
@@ -141,8 +195,11 @@ impl Tokenizer {
     }
 
     fn encode(&self, text: &str, post_process: bool) -> Result<Vec<u32>, TokenizerError> {
-        self.inner
-            .encode_fast(text, post_process)
+        let encoding = match &self.inner {
+            Inner::Library(inner) => inner.encode_fast(text, post_process),
+            Inner::Pieces(inner) => inner.encode_fast(text, post_process),
+        };
+        encoding
             .map(|encoding| encoding.get_ids().to_vec())
             .map_err(|error| TokenizerError::Encode { reason: error.to_string() })
     }
@@ -159,8 +216,9 @@ impl fmt::Debug for Tokenizer {
 
 /// What either source is turned into.
 struct Parts {
-    inner: tokenizers::Tokenizer,
+    inner: Inner,
     entries: Vec<Option<Entry>>,
+    start: Start,
 }
 
 #[cfg(test)]

@@ -109,6 +109,7 @@ mod tests {
             token_types,
             merges: vec!["a b".to_owned(), "b a".to_owned()],
             scores: Vec::new(),
+            add_space_prefix: None,
         };
         let special = SpecialTokens { bos: None, eos: vec![EOS], add_bos: false };
         Arc::new(Tokenizer::new(&TokenizerSource::Vocabulary(vocabulary), special).unwrap())

@@ -171,11 +171,12 @@ fn hash_tokenizer(fields: &mut Fields, tokenizer: &TokenizerSource) {
         },
     };
     fields.bytes(b"vocabulary");
-    let Vocabulary { model, pre, tokens, token_types, merges, scores } = vocabulary;
+    let Vocabulary { model, pre, tokens, token_types, merges, scores, add_space_prefix } =
+        vocabulary;
     fields.bytes(model.as_bytes());
     // Names of one and the same rule.
     let pre = match pre.as_str() {
-        "llama3" | "llama-v3" | "falcon3" => "llama-bpe",
+        "llama3" | "llama-v3" | "falcon3" | "falcon-h1" => "llama-bpe",
         "" => "default",
         other => other,
     };
@@ -192,6 +193,10 @@ fn hash_tokenizer(fields: &mut Fields, tokenizer: &TokenizerSource) {
     fields.size(scores.len());
     for score in scores {
         fields.float(*score);
+    }
+    // Absent and true are one rule, and every digest before the key was known is of that.
+    if *add_space_prefix == Some(false) {
+        fields.bytes(b"no space prefix");
     }
 }
 

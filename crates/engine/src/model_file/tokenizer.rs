@@ -14,6 +14,8 @@ use super::gguf::writer::Metadata;
 const JSON_KEY: &str = "tokenizer.huggingface.json";
 /// Key of every id that ends an answer; `eos_token_id` holds only one.
 const EOS_LIST_KEY: &str = "tercet.tokenizer.eos_token_ids";
+/// Key of whether a SentencePiece vocabulary puts a space before every text.
+const SPACE_KEY: &str = "tokenizer.ggml.add_space_prefix";
 /// Keys of single ids that end an answer, for files without the list.
 const EOS_KEYS: [&str; 3] =
     ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
@@ -73,6 +75,9 @@ impl TextParts {
                 metadata.f32s("tokenizer.ggml.scores", &vocabulary.scores);
             }
             metadata.strings("tokenizer.ggml.merges", &vocabulary.merges);
+            if let Some(add_space_prefix) = vocabulary.add_space_prefix {
+                metadata.bool(SPACE_KEY, add_space_prefix);
+            }
         }
         if let Some(bos) = self.special.bos {
             metadata.u32("tokenizer.ggml.bos_token_id", bos);
@@ -154,6 +159,10 @@ fn read_vocabulary(gguf: &Gguf) -> Result<Vocabulary, ModelError> {
         Some(other) => return Err(wrong(gguf, "tokenizer.ggml.scores", other, "numbers")),
         None => Vec::new(),
     };
+    let add_space_prefix = gguf
+        .value(SPACE_KEY)
+        .map(|value| value.as_bool().ok_or_else(|| wrong(gguf, SPACE_KEY, value, "true or false")))
+        .transpose()?;
     let model = string(gguf, "tokenizer.ggml.model")?.unwrap_or("gpt2").to_owned();
     let pre = match string(gguf, "tokenizer.ggml.pre")? {
         Some(pre) => pre.to_owned(),
@@ -162,7 +171,7 @@ fn read_vocabulary(gguf: &Gguf) -> Result<Vocabulary, ModelError> {
         None if tokens.iter().any(|token| token == "<|begin_of_text|>") => "llama-bpe".to_owned(),
         None => String::new(),
     };
-    Ok(Vocabulary { model, pre, tokens, token_types, merges, scores })
+    Ok(Vocabulary { model, pre, tokens, token_types, merges, scores, add_space_prefix })
 }
 
 fn read_special(gguf: &Gguf, vocabulary: &Vocabulary) -> Result<SpecialTokens, ModelError> {
@@ -199,7 +208,19 @@ fn read_special(gguf: &Gguf, vocabulary: &Vocabulary) -> Result<SpecialTokens, M
             .as_bool()
             .ok_or_else(|| wrong(gguf, "tokenizer.ggml.add_bos_token", value, "true or false"))?,
         // llama.cpp's rule for the key's absence.
-        None => bos.is_some() && matches!(vocabulary.pre.as_str(), "llama-bpe" | "llama3"),
+        None => {
+            vocabulary.model == "llama"
+                || matches!(
+                    vocabulary.pre.as_str(),
+                    "llama-bpe"
+                        | "llama3"
+                        | "llama-v3"
+                        | "falcon3"
+                        | "falcon-h1"
+                        | "pixtral"
+                        | "lfm2"
+                )
+        }
     };
     Ok(SpecialTokens { bos, eos: sorted(eos), add_bos: add_bos && bos.is_some() })
 }

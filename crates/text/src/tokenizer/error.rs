@@ -16,8 +16,8 @@ pub enum TokenizerError {
     },
     /// The kind of tokenizer is not supported.
     #[error(
-        "tokenizer kind `{found}` is not supported: expected byte-level BPE \
-         (`BPE` in tokenizer.json, `gpt2` in GGUF)"
+        "tokenizer kind `{found}` is not supported: expected BPE (`BPE` in tokenizer.json, `gpt2` or \
+         `llama` in GGUF)"
     )]
     UnsupportedKind {
         /// The kind the model names.
@@ -78,6 +78,22 @@ pub enum TokenizerError {
         /// How many tokens there are.
         tokens: usize,
     },
+    /// The scores do not match the tokens.
+    #[error("there are {scores} scores for {tokens} tokens: expected one each")]
+    Scores {
+        /// How many scores there are.
+        scores: usize,
+        /// How many tokens there are.
+        tokens: usize,
+    },
+    /// A score says nothing.
+    #[error("the score of token id {id} is {score}: expected a number")]
+    Score {
+        /// The token.
+        id: u32,
+        /// Its score.
+        score: f32,
+    },
     /// A merge names no pair of tokens.
     #[error("merge {rank} `{merge}` is malformed: expected two tokens with one space between")]
     MalformedMerge {
@@ -103,6 +119,14 @@ pub enum TokenizerError {
     /// Prompts should start with an id that the model does not name.
     #[error("the model asks for bos before every prompt and names no bos id")]
     MissingBos,
+    /// An id to be turned into text has no token.
+    #[error("token id {id} is not in the vocabulary: expected less than {ids}, and no gap")]
+    UnknownId {
+        /// The id.
+        id: u32,
+        /// The number of ids, gaps included.
+        ids: usize,
+    },
     /// The tokenizer gave up on a text.
     #[error("the text cannot be tokenized: {reason}")]
     Encode {

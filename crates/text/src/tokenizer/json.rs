@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Entry, Parts, Tokenizer, TokenizerError, byte_level};
+use super::{Entry, Inner, Parts, Start, Tokenizer, TokenizerError, byte_level, spm};
 
 /// The settings that decide whether this crate understands the file.
 ///
@@ -30,7 +30,7 @@ struct Model {
 
 /// Builds the tokenizer and its table of tokens.
 pub(super) fn build(text: &str) -> Result<Parts, TokenizerError> {
-    check(serde_json::from_str(text).map_err(malformed)?)?;
+    let Decoder { byte_level, start } = check(serde_json::from_str(text).map_err(malformed)?)?;
     let mut inner: tokenizers::Tokenizer = text.parse().map_err(malformed)?;
     // Both are settings of a training run that the file carries along; transformers drops them.
     inner.with_padding(None);
@@ -53,17 +53,67 @@ pub(super) fn build(text: &str) -> Result<Parts, TokenizerError> {
     for id in 0..=last {
         let entry = texts.remove(&id).map(|token| {
             let special = added.get(&id).is_some_and(|added| added.special);
-            let bytes = if special { Vec::new() } else { byte_level::decode(&token) };
+            let bytes = match special {
+                true => Vec::new(),
+                false if byte_level => byte_level::decode(&token),
+                false => spm::decode(&token),
+            };
             Entry { text: token.into(), bytes: bytes.into() }
         });
         entries.push(entry);
     }
-    Ok(Parts { inner, entries })
+    Ok(Parts { inner: Inner::Library(Box::new(inner)), entries, start })
+}
+
+/// How tokens become text.
+struct Decoder {
+    /// In the byte-level alphabet, or else as SentencePiece does.
+    byte_level: bool,
+    start: Start,
+}
+
+impl Decoder {
+    /// Reads the decoders that the supported vocabularies come with.
+    fn read(value: &Value) -> Option<Self> {
+        let steps: Vec<&Value> = match value["type"].as_str()? {
+            "Sequence" => value["decoders"].as_array()?.iter().collect(),
+            _ => vec![value],
+        };
+        let kinds: Option<Vec<&str>> = steps.iter().map(|step| step["type"].as_str()).collect();
+        let (byte_level, start) = match kinds?.as_slice() {
+            ["ByteLevel"] => (true, Start::AsIs),
+            ["Metaspace"] | ["ByteFallback", "Metaspace"] => {
+                let metaspace = steps.last()?;
+                let spelt_so = metaspace["replacement"].as_str()? == spm::SPACE;
+                // Files of old versions say `add_prefix_space` instead of the scheme.
+                let never = metaspace["prepend_scheme"] == "never"
+                    || metaspace["prepend_scheme"].is_null()
+                        && metaspace["add_prefix_space"] == false;
+                let start = if never { Start::AsIs } else { Start::WithoutSpacesOfFirst };
+                return spelt_so.then_some(Self { byte_level: false, start });
+            }
+            ["Replace", "ByteFallback", "Fuse"] => (false, Start::AsIs),
+            ["Replace", "ByteFallback", "Fuse", "Strip"] => {
+                let strip = steps.last()?;
+                let start = usize::try_from(strip["start"].as_u64()?).ok()?;
+                if strip["content"] != " " || strip["stop"] != 0 {
+                    return None;
+                }
+                (false, Start::WithoutSpaces(start))
+            }
+            _ => return None,
+        };
+        let replace = steps[0];
+        let spaces =
+            byte_level || replace["pattern"]["String"] == spm::SPACE && replace["content"] == " ";
+        spaces.then_some(Self { byte_level, start })
+    }
 }
 
 /// Refuses what would give other ids or another text than the model was trained with.
-fn check(file: File) -> Result<(), TokenizerError> {
+fn check(file: File) -> Result<Decoder, TokenizerError> {
     let unsupported = |setting, found: String, expected| {
+        let found = found.chars().take(MAX_QUOTED).collect();
         Err(TokenizerError::UnsupportedSetting { setting, found, expected })
     };
     // Files of old versions leave the type out; `merges` then tells a BPE model.
@@ -81,11 +131,14 @@ fn check(file: File) -> Result<(), TokenizerError> {
             return unsupported(setting, format!("`{value}`"), "none");
         }
     }
-    let decoder = file.decoder.as_ref().and_then(|decoder| decoder.get("type"));
-    let decoder = decoder.and_then(Value::as_str).unwrap_or("none");
-    if decoder != "ByteLevel" {
-        return unsupported("decoder.type", format!("`{decoder}`"), "`ByteLevel`");
-    }
+    let decoder = file.decoder.unwrap_or_default();
+    let Some(decoder) = Decoder::read(&decoder) else {
+        return unsupported(
+            "decoder",
+            format!("`{decoder}`"),
+            "`ByteLevel`, `Metaspace`, or Replace, ByteFallback, Fuse and Strip as SentencePiece's",
+        );
+    };
     // The library keeps one of two tokens with the same id and says nothing.
     let mut by_id: HashMap<u64, &String> = HashMap::new();
     for (token, id) in file.model.vocab.as_object().into_iter().flatten() {
@@ -99,10 +152,13 @@ fn check(file: File) -> Result<(), TokenizerError> {
             });
         }
     }
-    Ok(())
+    Ok(decoder)
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "the shape `map_err` wants")]
 fn malformed(error: impl ToString) -> TokenizerError {
     TokenizerError::Json { reason: error.to_string() }
 }
+
+/// The most characters of a setting that an error quotes.
+const MAX_QUOTED: usize = 200;

@@ -14,8 +14,30 @@ use tokenizers::{
 use super::TokenizerError;
 
 /// The names known here.
-pub(super) const NAMES: [&str; 6] =
-    ["llama-bpe", "llama3", "llama-v3", "falcon3", "gpt-2", "default"];
+pub(super) const NAMES: [&str; 22] = [
+    "llama-bpe",
+    "llama3",
+    "llama-v3",
+    "falcon3",
+    "falcon-h1",
+    "pixtral",
+    "lfm2",
+    "smaug-bpe",
+    "dbrx",
+    "qwen2",
+    "qwen35",
+    "deepseek-r1-qwen",
+    "stablelm2",
+    "gpt-2",
+    "phi-2",
+    "olmo",
+    "mpt",
+    "falcon",
+    "starcoder",
+    "smollm",
+    "refact",
+    "default",
+];
 
 /// How a text is cut before merging.
 #[derive(Debug)]
@@ -24,18 +46,29 @@ pub(super) struct PreTokenizer {
     expressions: &'static [&'static str],
     /// Whether a piece that is a token as a whole is taken before any merging.
     pub(super) ignore_merges: bool,
+    /// Whether text is brought into NFC before it is cut.
+    pub(super) nfc: bool,
 }
 
 impl PreTokenizer {
     /// Returns the pre-tokenizer of a name; an empty name is `default`.
     pub(super) fn named(name: &str) -> Result<Self, TokenizerError> {
-        let (expressions, ignore_merges) = match name {
-            "llama-bpe" | "llama3" | "llama-v3" | "falcon3" => (LLAMA3, true),
-            "gpt-2" => (GPT2, false),
-            "default" | "" => (DEFAULT, false),
+        let (expressions, ignore_merges, nfc) = match name {
+            "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "falcon-h1" | "pixtral" | "lfm2" => {
+                (LLAMA3, true, false)
+            }
+            "smaug-bpe" | "dbrx" => (LLAMA3, false, false),
+            // The models of these two names were trained on text in NFC.
+            "qwen2" => (QWEN2, false, true),
+            "qwen35" => (QWEN35, false, true),
+            "deepseek-r1-qwen" | "stablelm2" => (QWEN2, false, false),
+            "gpt-2" | "phi-2" | "olmo" | "mpt" => (GPT2, false, false),
+            "falcon" => (FALCON, false, false),
+            "starcoder" | "smollm" | "refact" => (STARCODER, false, false),
+            "default" | "" => (DEFAULT, false, false),
             _ => return Err(TokenizerError::UnknownPreTokenizer { found: name.to_owned() }),
         };
-        Ok(Self { expressions, ignore_merges })
+        Ok(Self { expressions, ignore_merges, nfc })
     }
 
     /// Returns it in the form `tokenizers` wants.
@@ -56,6 +89,21 @@ const LLAMA3: &[&str] = &[concat!(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|",
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )];
+const QWEN2: &[&str] = &[concat!(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|",
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)];
+const QWEN35: &[&str] = &[concat!(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}|",
+    r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)];
+const FALCON: &[&str] = &[
+    r"[\p{P}$+<=>^~|`]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    r"[0-9][0-9][0-9]",
+];
+const STARCODER: &[&str] =
+    &[r"\p{N}", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"];
 const GPT2: &[&str] =
     &[r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"];
 const DEFAULT: &[&str] = &[
@@ -89,8 +137,7 @@ mod tests {
         let error = PreTokenizer::named("tekken").unwrap_err().to_string();
         assert_eq!(
             error,
-            "pre-tokenizer `tekken` is not known: expected one of \
-             llama-bpe, llama3, llama-v3, falcon3, gpt-2, default"
+            format!("pre-tokenizer `tekken` is not known: expected one of {}", NAMES.join(", "))
         );
     }
 
@@ -99,6 +146,9 @@ mod tests {
         let text = "We'LL pay  (12345)\n\nnow";
         let cut = |name| pieces(name, text).join("|");
         assert_eq!(cut("llama-bpe"), "We|'LL| pay| | (|123|45|)\n\n|now");
+        assert_eq!(cut("qwen2"), "We|'LL| pay| | (|1|2|3|4|5|)\n\n|now");
+        assert_eq!(cut("falcon"), "We|'|LL| pay|  |(|123|45|)|\n|\n|now");
+        assert_eq!(cut("starcoder"), "We|'|LL| pay| | (|1|2|3|4|5|)|\n|\n|now");
         assert_eq!(cut("gpt-2"), "We|'|LL| pay| | (|12345|)|\n|\n|now");
         assert_eq!(cut("default"), "We|'|LL| pay|  |(|123|45|)|\n|\n|now");
     }

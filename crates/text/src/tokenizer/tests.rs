@@ -156,7 +156,7 @@ fn small() -> Vocabulary {
         tokens: ["a", "b", "ab", "<s>", "a b", "[PAD]"].map(str::to_owned).to_vec(),
         token_types: [1, 1, 1, 3, 4, 5].map(TokenType::from_gguf).to_vec(),
         merges: vec!["a b".to_owned()],
-        scores: Vec::new(),
+        ..Vocabulary::default()
     }
 }
 
@@ -257,7 +257,7 @@ fn malformed_json_is_refused() {
             bpe(&format!(r###""continuing_subword_prefix":"##",{vocab}"###)),
         ),
         (
-            "tokenizer setting `decoder.type` is `Metaspace`",
+            "tokenizer setting `decoder` is `{\"type\":\"Metaspace\"}`",
             file(&format!("{{{vocab}}}"), r#"{"type":"Metaspace"}"#),
         ),
         (

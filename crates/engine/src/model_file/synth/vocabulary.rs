@@ -37,6 +37,7 @@ pub(super) fn text(size: usize) -> Result<TextParts, ModelError> {
             token_types,
             merges: pairs.iter().map(|(left, right)| format!("{left} {right}")).collect(),
             scores: Vec::new(),
+            add_space_prefix: None,
         }),
         special: SpecialTokens { bos: Some(id(3)), eos: vec![id(2), id(1)], add_bos: true },
         chat_template: Some(TEMPLATE.to_owned()),

@@ -53,6 +53,7 @@ pub(crate) fn vocabulary(json: &str) -> Option<Vocabulary> {
         token_types: table.types,
         merges: table.merges.iter().map(|(left, right)| format!("{left} {right}")).collect(),
         scores: Vec::new(),
+        add_space_prefix: None,
     })
 }
 

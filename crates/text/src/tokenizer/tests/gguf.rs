@@ -63,7 +63,7 @@ impl Keys {
             tokens: texts("tokenizer.ggml.tokens"),
             token_types: list("tokenizer.ggml.token_type").iter().map(kind).collect(),
             merges: texts("tokenizer.ggml.merges"),
-            scores: Vec::new(),
+            ..Vocabulary::default()
         }
     }
 }

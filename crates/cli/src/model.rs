@@ -10,7 +10,7 @@ use tercet_engine::{
     ModelError, ModelFile,
     model_file::{
         Progress,
-        convert::{ConvertOptions, to_gguf},
+        convert::{ConvertOptions, Converted, to_gguf},
         synth::{self, SynthOptions},
     },
 };
@@ -35,10 +35,23 @@ pub(crate) fn run(action: &ModelAction, log: &LogArgs) -> Result<()> {
                 print(&summary.to_string())?;
             }
         }
-        ModelAction::Convert { source, out, name, force } => {
-            let options = ConvertOptions { name: name.clone(), overwrite: *force };
+        ModelAction::Convert { source, out, name, ternary, lora, force } => {
+            let options = ConvertOptions {
+                name: name.clone(),
+                ternary: *ternary,
+                lora: lora.clone(),
+                overwrite: *force,
+            };
             let model = open(source)?;
-            written(out, |progress| to_gguf(&model, out, &options, progress))?;
+            let mut converted = None;
+            written(out, |progress| {
+                let done = to_gguf(&model, out, &options, progress)?;
+                converted = Some(done);
+                Ok(done.bytes)
+            })?;
+            if let Some(converted) = converted {
+                print_line(&faithfulness(&converted, lora.is_some()))?;
+            }
         }
         ModelAction::Synth(args) => {
             let options = SynthOptions {
@@ -62,6 +75,20 @@ pub(crate) fn run(action: &ModelAction, log: &LogArgs) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Says whether a conversion is the model it was made from.
+fn faithfulness(converted: &Converted, is_merged: bool) -> String {
+    let Converted { ternary, rounded_scales, same_header, .. } = converted;
+    let source = if is_merged { "the source with the adapter merged" } else { "the source" };
+    match (rounded_scales, same_header) {
+        (0, true) => format!("{ternary}, exactly {source}"),
+        (0, false) => format!("{ternary}; the settings do not read back as those of the source"),
+        (count, _) => format!(
+            "{ternary}; {count} scales were rounded to half precision, so this is not exactly \
+             {source}"
+        ),
+    }
 }
 
 fn open(path: &Path) -> Result<ModelFile> {

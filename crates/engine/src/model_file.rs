@@ -19,6 +19,7 @@ mod folder;
 mod gguf;
 mod load;
 mod mapping;
+mod names;
 mod output;
 mod summary;
 pub mod synth;

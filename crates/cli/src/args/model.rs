@@ -28,7 +28,7 @@ pub(crate) enum ModelAction {
         #[arg(long)]
         json: bool,
     },
-    /// Write a model as one GGUF file with I2_S weights, exactly
+    /// Write a model as one GGUF file, as exactly as the storage allows
     Convert {
         /// GGUF file or Hugging Face folder to read
         source: PathBuf,
@@ -37,6 +37,13 @@ pub(crate) enum ModelAction {
         /// Name of the model in the file [default: the source's]
         #[arg(long, value_name = "NAME")]
         name: Option<String>,
+        /// Storage of the ternary weights: i2_s, tq1_0, tq2_0 or q2_0 [default: i2_s for BitNet,
+        /// q2_0 for models whose inputs are quantised in blocks, tq2_0 for others]
+        #[arg(long = "type", value_name = "TYPE")]
+        ternary: Option<TernaryType>,
+        /// Folder of a LoRA adapter, as PEFT saves it, to merge into training weights first
+        #[arg(long, value_name = "DIR")]
+        lora: Option<PathBuf>,
         /// Replaces an existing file
         #[arg(long)]
         force: bool,

@@ -11,6 +11,7 @@
 //! anything is allocated for it, so memory use never exceeds a small multiple of the header.
 
 pub(crate) mod model;
+pub(crate) mod rope;
 pub(crate) mod value;
 pub(crate) mod writer;
 

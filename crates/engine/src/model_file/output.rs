@@ -1,7 +1,7 @@
 //! Files that appear complete or not at all.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 
 use super::error::ModelError;
@@ -87,6 +87,17 @@ impl<'a> OutputFile<'a> {
             (self.report)(self.progress);
         }
         Ok(())
+    }
+
+    /// Replaces bytes written before.
+    pub(crate) fn overwrite(&mut self, at: u64, bytes: &[u8]) -> Result<(), ModelError> {
+        let end = self.progress.written;
+        let write = |file: &mut BufWriter<File>| {
+            file.seek(SeekFrom::Start(at))?;
+            file.write_all(bytes)?;
+            file.seek(SeekFrom::Start(end))
+        };
+        write(&mut self.file).map(drop).map_err(|source| self.error("write", source))
     }
 
     /// Returns the bytes written so far.

@@ -12,13 +12,16 @@ mod vocabulary;
 
 use std::path::Path;
 
-pub use self::shape::{HeadType, Shape, TernaryType, UnknownName};
+pub use self::shape::{HeadType, Shape};
+pub use super::names::UnknownName;
+pub use super::ternary::encode::TernaryType;
 
 use super::convert::shape_metadata;
 use super::error::ModelError;
 use super::gguf::types;
 use super::gguf::writer::{Layout, Metadata, TensorPlan};
 use super::output::{OutputFile, Progress};
+use super::ternary;
 use super::tokenizer::TextParts;
 use random::Stream;
 use shape::{Family, Sizes};
@@ -123,7 +126,7 @@ fn metadata(sizes: &Sizes, name: &str, ternary: TernaryType) -> Result<Metadata,
     metadata.u32("general.quantization_version", 2);
     metadata.u32("general.file_type", ternary.file_type());
     let text: TextParts = vocabulary::text(sizes.config.vocab)?;
-    text.write(&mut metadata);
+    text.write(&mut metadata, sizes.config.vocab);
     Ok(metadata)
 }
 
@@ -147,7 +150,7 @@ fn write_ternary(
     let mut bytes = Vec::with_capacity(BATCH + tensor.cols);
     for row in 0..tensor.rows.unwrap_or(1) {
         stream.codes(row, &mut codes);
-        encode::ternary(kind, scale, &codes, &mut bytes);
+        ternary::encode::row(kind, &codes, |_| scale, &mut bytes);
         if bytes.len() >= BATCH {
             out.write(&bytes)?;
             bytes.clear();
@@ -155,7 +158,7 @@ fn write_ternary(
     }
     if kind == TernaryType::I2S {
         bytes.extend(scale.to_f32().to_le_bytes());
-        bytes.resize(bytes.len() + super::ternary::I2S_TAIL - 4, 0);
+        bytes.resize(bytes.len() + ternary::I2S_TAIL - 4, 0);
     }
     out.write(&bytes)
 }

@@ -215,6 +215,8 @@ pub(crate) struct Tensor {
     pub(crate) paired_heads: Option<usize>,
     /// A factor on all scales, from a tensor of its own.
     pub(crate) factor: Option<f32>,
+    /// The scale of the whole matrix as it was before blocks rounded it to half precision.
+    pub(crate) exact_scale: Option<f32>,
 }
 
 impl Tensor {

@@ -1,6 +1,7 @@
 //! Ternary matrices from every storage this version reads.
 
 pub(crate) mod blocks;
+pub(crate) mod encode;
 pub(crate) mod master;
 
 use tercet_kernels::{AlignedBytes, DenseType, ShapeError, TernaryMatrix, WeightBytes};

@@ -1,5 +1,6 @@
 //! Model files as a whole: the fixtures, folders made up here, and damaged files.
 
+mod converted;
 mod fixtures;
 mod folders;
 mod formats;
@@ -11,6 +12,7 @@ use std::sync::Arc;
 use tercet_kernels::TernaryMatrix;
 
 use super::convert::{ConvertOptions, to_gguf};
+use super::gguf::Gguf;
 use super::mapping::FileBytes;
 use super::{LayerWeights, ModelError, ModelFile, StageWeights};
 
@@ -78,7 +80,7 @@ fn identity(model: &ModelFile) -> String {
 fn converted(model: &ModelFile, name: &str) -> Vec<u8> {
     let folder = TempFolder::new(name);
     let out = folder.file("out.gguf");
-    let size = to_gguf(model, &out, &ConvertOptions::default(), &mut |_| {}).unwrap();
+    let size = to_gguf(model, &out, &ConvertOptions::default(), &mut |_| {}).unwrap().bytes;
     let bytes = std::fs::read(&out).unwrap();
     assert_eq!(bytes.len() as u64, size);
     bytes

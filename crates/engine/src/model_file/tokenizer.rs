@@ -47,20 +47,18 @@ impl TextParts {
         Ok(Self { tokenizer, special, chat_template })
     }
 
-    /// Writes the `tokenizer.*` keys.
-    pub(crate) fn write(&self, metadata: &mut Metadata) {
-        let derived;
+    /// Writes the `tokenizer.*` keys of a model with an embedding of `vocab` rows.
+    pub(crate) fn write(&self, metadata: &mut Metadata, vocab: usize) {
         let vocabulary = match &self.tokenizer {
-            TokenizerSource::Vocabulary(vocabulary) => Some(vocabulary),
-            TokenizerSource::Json(json) => {
-                derived = derive::vocabulary(json);
-                if derived.is_none() {
-                    metadata.string(JSON_KEY, json);
-                }
-                derived.as_ref()
-            }
+            TokenizerSource::Vocabulary(vocabulary) => Some(vocabulary.clone()),
+            TokenizerSource::Json(json) => derive::vocabulary(json).or_else(|| {
+                metadata.string(JSON_KEY, json);
+                // For programs that do not know that key.
+                derive::nearest(json)
+            }),
         };
-        if let Some(vocabulary) = vocabulary {
+        if let Some(mut vocabulary) = vocabulary {
+            pad(&mut vocabulary, vocab);
             metadata.string("tokenizer.ggml.model", &vocabulary.model);
             if !vocabulary.pre.is_empty() {
                 metadata.string("tokenizer.ggml.pre", &vocabulary.pre);
@@ -112,6 +110,20 @@ impl TextParts {
             ));
         }
         Ok(())
+    }
+}
+
+/// Fills the rows of the embedding that have no token: llama.cpp wants as many tokens as rows.
+fn pad(vocabulary: &mut Vocabulary, rows: usize) {
+    let known = vocabulary.tokens.len();
+    if known == 0 || known >= rows {
+        return;
+    }
+    vocabulary.tokens.extend((known..rows).map(derive::filler));
+    vocabulary.token_types.resize(known, TokenType::Normal);
+    vocabulary.token_types.resize(rows, TokenType::Unused);
+    if !vocabulary.scores.is_empty() {
+        vocabulary.scores.resize(rows, 0.0);
     }
 }
 

@@ -57,6 +57,7 @@ impl FolderModel {
             activations,
             paired_heads: None,
             factor: None,
+            exact_scale: None,
         }
     }
 }
@@ -71,7 +72,7 @@ fn check_shape(name: &str, entry: &Entry, expected: &[usize]) -> Result<(), Mode
 }
 
 /// Returns the dense type of floating-point elements.
-fn dense_type(name: &str, entry: &Entry) -> Result<DenseType, ModelError> {
+pub(crate) fn dense_type(name: &str, entry: &Entry) -> Result<DenseType, ModelError> {
     match &entry.dtype {
         ElementType::F32 => Ok(DenseType::F32),
         ElementType::F16 => Ok(DenseType::F16),

@@ -102,6 +102,18 @@ impl Shards {
         Ok(Self { label, entries })
     }
 
+    /// Maps one file.
+    pub(crate) fn open_file(path: &Path) -> Result<Self, ModelError> {
+        let mut entries = BTreeMap::new();
+        read_file(&FileBytes::map(path)?, &mut entries)?;
+        Ok(Self { label: path.display().to_string(), entries })
+    }
+
+    /// Returns all tensors by name.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, &Entry)> {
+        self.entries.iter().map(|(name, entry)| (name.as_str(), entry))
+    }
+
     /// Returns a tensor.
     pub(crate) fn get(&self, name: &str) -> Option<&Entry> {
         self.entries.get(name)

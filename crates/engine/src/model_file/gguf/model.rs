@@ -7,10 +7,11 @@
 
 use tercet_kernels::DenseType;
 
+use super::value::Value;
 use super::{Gguf, types};
 use crate::model_file::config::{
     Activation, ActivationScheme, Architecture, FieldNames, GenerationDefaults, ModelConfig,
-    RopeScaling, SUPPORTED,
+    SUPPORTED,
 };
 use crate::model_file::error::ModelError;
 use crate::model_file::folder::narrow;
@@ -24,6 +25,12 @@ pub(crate) mod sampling {
     pub(crate) const MIN_P: &str = "general.sampling.min_p";
     pub(crate) const REPETITION_PENALTY: &str = "general.sampling.penalty_repeat";
 }
+
+/// Key of the scale of every matrix of the layers before blocks rounded it to half precision, in the
+/// order of the forward pass; 0 where a matrix has no single one. Other programs leave it alone.
+pub(crate) const SCALES_KEY: &str = "tercet.ternary_scales";
+/// Entries of [`SCALES_KEY`] for a layer.
+pub(crate) const SCALES_PER_LAYER: usize = 7;
 
 /// Keys after the architecture's name; the two without a name of their own follow from others.
 const NAMES: FieldNames = FieldNames {
@@ -85,15 +92,15 @@ impl GgufModel {
         &self.gguf
     }
 
-    fn label(&self) -> &str {
+    pub(super) fn label(&self) -> &str {
         self.gguf.file().label()
     }
 
-    fn key(&self, field: &str) -> String {
+    pub(super) fn key(&self, field: &str) -> String {
         format!("{}.{field}", self.name)
     }
 
-    fn size(&self, field: &str) -> Result<Option<usize>, ModelError> {
+    pub(super) fn size(&self, field: &str) -> Result<Option<usize>, ModelError> {
         let key = self.key(field);
         let Some(value) = self.gguf.value(&key) else { return Ok(None) };
         let size = value.as_u64().and_then(|size| usize::try_from(size).ok());
@@ -105,7 +112,7 @@ impl GgufModel {
         self.size(field)?.ok_or_else(|| self.missing(field, "a whole number"))
     }
 
-    fn number(&self, field: &str) -> Result<Option<f64>, ModelError> {
+    pub(super) fn number(&self, field: &str) -> Result<Option<f64>, ModelError> {
         let key = self.key(field);
         let Some(value) = self.gguf.value(&key) else { return Ok(None) };
         value
@@ -114,7 +121,7 @@ impl GgufModel {
             .ok_or_else(|| ModelError::config(self.label(), &key, value, "a number"))
     }
 
-    fn missing(&self, field: &str, expected: &str) -> ModelError {
+    pub(super) fn missing(&self, field: &str, expected: &str) -> ModelError {
         ModelError::config(self.label(), &self.key(field), "missing", expected)
     }
 
@@ -147,8 +154,7 @@ impl GgufModel {
             context,
             activation: self.activation()?,
             activations: self.activations,
-            // llama.cpp's value for files without the key.
-            rope_theta: narrow(self.number(NAMES.rope_theta)?.unwrap_or(10_000.0)),
+            rope_theta: self.rope_theta()?,
             rope_scaling: self.rope_scaling(context, head_dim)?,
             rms_eps: narrow(
                 self.number(NAMES.rms_eps)?
@@ -179,6 +185,11 @@ impl GgufModel {
         }
     }
 
+    /// Returns llama.cpp's value for files without the key.
+    pub(super) fn rope_theta(&self) -> Result<f32, ModelError> {
+        Ok(narrow(self.number(NAMES.rope_theta)?.unwrap_or(10_000.0)))
+    }
+
     fn activation(&self) -> Result<Activation, ModelError> {
         let plain = match self.name.as_str() {
             "bitnet-b1.58" | "bitnet-25" => Activation::Relu2,
@@ -202,69 +213,6 @@ impl GgufModel {
         rows.and_then(|rows| usize::try_from(*rows).ok()).ok_or_else(|| {
             self.missing(NAMES.vocab, "a whole number, or the matrix token_embd.weight")
         })
-    }
-
-    /// Reads `rope.scaling.*` and `rope_freqs.weight`.
-    ///
-    /// bitnet.cpp's converter writes linear scaling by 1, which changes nothing.
-    fn rope_scaling(&self, context: usize, head_dim: usize) -> Result<RopeScaling, ModelError> {
-        let key = self.key("rope.scaling.type");
-        let factor = self.number("rope.scaling.factor")?;
-        let unscaled = factor.is_none_or(|factor| factor.to_bits() == 1.0_f64.to_bits());
-        let kind = match self.gguf.value(&key) {
-            None => None,
-            Some(value) => Some(
-                value
-                    .as_str()
-                    .ok_or_else(|| ModelError::config(self.label(), &key, value, "text"))?,
-            ),
-        };
-        let name = "rope_freqs.weight";
-        let factors = self.gguf.tensor(name).map(|_| self.factors(name, head_dim)).transpose()?;
-        match (kind, factors) {
-            (None | Some("none"), None) => Ok(RopeScaling::None),
-            (Some("linear"), None) if unscaled => Ok(RopeScaling::None),
-            (Some("linear"), None) => {
-                Ok(RopeScaling::Linear { factor: narrow(factor.unwrap_or(1.0)) })
-            }
-            (Some("yarn"), None) => self.yarn(context, factor),
-            (None | Some("none"), Some(factors)) => Ok(RopeScaling::Factors(factors)),
-            (Some("linear"), Some(factors)) if unscaled => Ok(RopeScaling::Factors(factors)),
-            (Some(kind), factors) => {
-                let also = if factors.is_some() { " beside rope_freqs.weight" } else { "" };
-                let problem = format!(
-                    "`{key}` is \"{kind}\"{also}; this version supports \"none\", \"linear\" and \
-                     \"yarn\", or rope_freqs.weight alone"
-                );
-                Err(ModelError::unsupported(self.label(), problem))
-            }
-        }
-    }
-
-    /// Defaults are llama.cpp's, which scales attention by `0.1 ln(factor) + 1` besides.
-    fn yarn(&self, context: usize, factor: Option<f64>) -> Result<RopeScaling, ModelError> {
-        let factor = factor.ok_or_else(|| self.missing("rope.scaling.factor", "a number"))?;
-        let number = |field: &str, otherwise: f64| -> Result<f64, ModelError> {
-            Ok(self.number(&format!("rope.scaling.{field}"))?.unwrap_or(otherwise))
-        };
-        let extrapolation = number("yarn_ext_factor", 1.0)?;
-        if extrapolation.to_bits() != 1.0_f64.to_bits() {
-            let key = self.key("rope.scaling.yarn_ext_factor");
-            return Err(ModelError::config(self.label(), &key, extrapolation, "1"));
-        }
-        let attention = number("yarn_attn_factor", number("attn_factor", 1.0)?)?;
-        Ok(RopeScaling::Yarn {
-            factor: narrow(factor),
-            beta_fast: narrow(number("yarn_beta_fast", 32.0)?),
-            beta_slow: narrow(number("yarn_beta_slow", 1.0)?),
-            attention_factor: narrow(attention * (0.1 * factor.max(1.0).ln() + 1.0)),
-            original_context: self.size("rope.scaling.original_context_length")?.unwrap_or(context),
-        })
-    }
-
-    /// Reads the factors of the rotary frequencies.
-    fn factors(&self, name: &str, head_dim: usize) -> Result<Vec<f32>, ModelError> {
-        self.find_named(name.to_owned(), None, head_dim / 2, floats)?.read_vector()
     }
 
     /// Reads sampling settings; see [`GenerationDefaults`].
@@ -307,7 +255,7 @@ impl GgufModel {
     }
 
     /// [`Self::find`] for a tensor of that name.
-    fn find_named(
+    pub(super) fn find_named(
         &self,
         name: String,
         rows: Option<usize>,
@@ -347,7 +295,21 @@ impl GgufModel {
             activations: self.activations,
             paired_heads: None,
             factor: None,
+            exact_scale: None,
         })
+    }
+
+    /// Returns what [`SCALES_KEY`] says about a matrix.
+    fn exact_scale(&self, role: Role) -> Option<f32> {
+        let (Some(Value::Floats(scales)), Role::Layer(layer, part)) =
+            (self.gguf.value(SCALES_KEY), role)
+        else {
+            return None;
+        };
+        let mut matrices = Part::ALL.into_iter().filter(|part| part.is_matrix());
+        let place = matrices.position(|matrix| matrix == part)?;
+        let scale = scales.get(layer.checked_mul(SCALES_PER_LAYER)?.checked_add(place)?)?;
+        (scale.is_finite() && *scale > 0.0).then_some(*scale)
     }
 
     /// Reads the factor that some files put beside a matrix: `attn_q.scale` for `attn_q.weight`.
@@ -366,7 +328,7 @@ impl GgufModel {
 }
 
 /// Accepts plain numbers only.
-fn floats(kind: u32) -> Result<Storage, &'static str> {
+pub(super) fn floats(kind: u32) -> Result<Storage, &'static str> {
     float_type(kind).map(Storage::Dense).ok_or("F32, F16 or BF16")
 }
 
@@ -434,6 +396,7 @@ impl Source for GgufModel {
             },
         })?;
         tensor.factor = self.scale_of(&tensor.name)?;
+        tensor.exact_scale = self.exact_scale(role);
         if matches!(role, Role::Layer(_, Part::Q | Part::K)) {
             tensor.paired_heads = self.paired_heads;
         }

@@ -114,6 +114,7 @@ impl TensorPlan {
                     match self.kind {
                         types::I2_S => "128 elements in all",
                         types::Q8_0 => "32 a row",
+                        types::Q4_0 => "32 a row",
                         types::Q2_0 => "64 a row",
                         _ => "256 a row",
                     }
@@ -127,6 +128,8 @@ impl TensorPlan {
 #[derive(Debug)]
 pub(crate) struct Layout {
     header: Vec<u8>,
+    /// Where the metadata ends.
+    metadata_end: u64,
     /// Bytes of each tensor, without padding.
     sizes: Vec<u64>,
     total: u64,
@@ -141,6 +144,7 @@ impl Layout {
         header.extend((tensors.len() as u64).to_le_bytes());
         header.extend(metadata.count.to_le_bytes());
         header.extend(&metadata.bytes);
+        let metadata_end = header.len() as u64;
         let mut sizes = Vec::with_capacity(tensors.len());
         let mut offset = 0_u64;
         for tensor in tensors {
@@ -159,7 +163,7 @@ impl Layout {
             header.push(0);
         }
         let total = header.len() as u64 + offset;
-        Ok(Self { header, sizes, total })
+        Ok(Self { header, metadata_end, sizes, total })
     }
 
     /// Returns the size of the file.
@@ -171,17 +175,40 @@ impl Layout {
     pub(crate) fn write(
         &self,
         mut out: OutputFile<'_>,
-        mut fill: impl FnMut(usize, &mut OutputFile<'_>) -> Result<(), ModelError>,
+        fill: impl FnMut(usize, &mut OutputFile<'_>) -> Result<(), ModelError>,
     ) -> Result<u64, ModelError> {
+        self.fill(&mut out, fill)?;
+        out.commit()
+    }
+
+    /// As [`Self::write`], where the last metadata entry, an array of numbers, is known only when all
+    /// tensors are: `fill` appends its elements, and may append none.
+    pub(crate) fn write_with_last(
+        &self,
+        mut out: OutputFile<'_>,
+        mut fill: impl FnMut(usize, &mut OutputFile<'_>, &mut Vec<f32>) -> Result<(), ModelError>,
+    ) -> Result<u64, ModelError> {
+        let mut last = Vec::new();
+        self.fill(&mut out, |index, out| fill(index, out, &mut last))?;
+        let bytes: Vec<u8> = last.iter().flat_map(|value| value.to_le_bytes()).collect();
+        out.overwrite(self.metadata_end - bytes.len() as u64, &bytes)?;
+        out.commit()
+    }
+
+    fn fill(
+        &self,
+        out: &mut OutputFile<'_>,
+        mut fill: impl FnMut(usize, &mut OutputFile<'_>) -> Result<(), ModelError>,
+    ) -> Result<(), ModelError> {
         out.write(&self.header)?;
         for (index, size) in self.sizes.iter().enumerate() {
             let start = out.written();
-            fill(index, &mut out)?;
+            fill(index, out)?;
             debug_assert_eq!(out.written() - start, *size, "tensor {index} has its planned size");
             let padded = start + size.next_multiple_of(DEFAULT_ALIGNMENT);
             let padding = padded - out.written();
             out.write(&vec![0; usize::try_from(padding).unwrap_or_default()])?;
         }
-        out.commit()
+        Ok(())
     }
 }

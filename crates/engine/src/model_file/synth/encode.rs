@@ -3,69 +3,14 @@
 use half::f16;
 
 use super::random::{GROUP, Group, Stream};
-use super::shape::{HeadType, TernaryType};
-use crate::model_file::ternary::pack_codes;
+use super::shape::HeadType;
 
-/// Weights of a TQ1_0, TQ2_0 or Q6_K block.
+/// Weights of a Q6_K block.
 const LARGE_BLOCK: usize = 256;
 
 /// Returns norm weights around 1, as F32.
 pub(super) fn norm(stream: &Stream, length: usize) -> Vec<u8> {
     (0..length as u64).flat_map(|at| (0.75 + 0.5 * stream.unit(at)).to_le_bytes()).collect()
-}
-
-/// Appends one row of ternary codes; rows are whole blocks, which the file's layout has checked.
-pub(super) fn ternary(kind: TernaryType, scale: f16, codes: &[u8], out: &mut Vec<u8>) {
-    match kind {
-        TernaryType::I2S => {
-            let start = out.len();
-            out.resize(start + codes.len() / 4, 0);
-            pack_codes(codes, &mut out[start..]);
-        }
-        TernaryType::Tq1_0 => {
-            for block in codes.chunks_exact(LARGE_BLOCK) {
-                tq1_0(block, out);
-                out.extend(scale.to_le_bytes());
-            }
-        }
-        TernaryType::Tq2_0 => {
-            for block in codes.chunks_exact(LARGE_BLOCK) {
-                // Byte m of a half holds elements m, 32 + m, 64 + m, 96 + m, lowest bits first.
-                for half in block.chunks_exact(128) {
-                    out.extend((0..32).map(|m| {
-                        half[m] | half[32 + m] << 2 | half[64 + m] << 4 | half[96 + m] << 6
-                    }));
-                }
-                out.extend(scale.to_le_bytes());
-            }
-        }
-        TernaryType::Q2_0 => {
-            for block in codes.chunks_exact(64) {
-                out.extend(scale.to_le_bytes());
-                out.extend(block.chunks_exact(4).map(|c| c[0] | c[1] << 2 | c[2] << 4 | c[3] << 6));
-            }
-        }
-    }
-}
-
-/// Appends the 52 bytes of a TQ1_0 block: base-3 numbers of five digits, stored as the fixed-point
-/// fraction `n / 243` in 8 bits, so that multiplying by 3 brings the digits to the top in turn.
-///
-/// Elements 0..160 are five apart by 32, elements 160..240 five apart by 16, and the last 16 four
-/// apart by 4.
-fn tq1_0(block: &[u8], out: &mut Vec<u8>) {
-    let fraction = |digits: u16| {
-        // Rounded up, so that the digits survive the multiplications.
-        let byte = (digits * 256).div_ceil(243);
-        u8::try_from(byte).expect("242 * 256 / 243 rounds up to 255")
-    };
-    let number = |start: usize, stride: usize, count: usize| {
-        (0..count).fold(0, |n, digit| n * 3 + u16::from(block[start + digit * stride]))
-    };
-    out.extend((0..32).map(|m| fraction(number(m, 32, 5))));
-    out.extend((0..16).map(|m| fraction(number(160 + m, 16, 5))));
-    // The fifth digit is zero.
-    out.extend((0..4).map(|m| fraction(number(240 + m, 4, 4) * 3)));
 }
 
 /// Encodes rows of the embedding or the head.

@@ -8,33 +8,8 @@ use crate::model_file::config::{
     Activation, ActivationScheme, Architecture, ModelConfig, RopeScaling,
 };
 use crate::model_file::gguf::types;
+use crate::model_file::names::{UnknownName, parse};
 use crate::model_file::tensors::Part;
-
-/// A name that stands for nothing here.
-#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
-#[error("unknown {kind} `{found}`, expected one of {expected}")]
-pub struct UnknownName {
-    /// What was being named.
-    pub kind: &'static str,
-    /// The name given.
-    pub found: String,
-    /// All names, comma-separated.
-    pub expected: String,
-}
-
-/// Finds a value by the name it displays as.
-fn parse<T: Copy + fmt::Display>(
-    kind: &'static str,
-    all: &[T],
-    found: &str,
-) -> Result<T, UnknownName> {
-    let value = all.iter().find(|value| value.to_string() == found);
-    value.copied().ok_or_else(|| UnknownName {
-        kind,
-        found: found.to_owned(),
-        expected: all.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
-    })
-}
 
 /// Shapes of known models.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -133,64 +108,6 @@ impl FromStr for Shape {
     }
 }
 
-/// Storage of ternary matrices.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-#[non_exhaustive]
-pub enum TernaryType {
-    /// bitnet.cpp's: 2 bits a weight, one scale a matrix.
-    I2S,
-    /// llama.cpp's: five weights in 8 bits, one scale for 256.
-    Tq1_0,
-    /// llama.cpp's: 2 bits a weight, one scale for 256.
-    Tq2_0,
-    /// llama.cpp's: 2 bits a weight, one scale for 64.
-    Q2_0,
-}
-
-impl TernaryType {
-    /// All types.
-    pub const ALL: [Self; 4] = [Self::I2S, Self::Tq1_0, Self::Tq2_0, Self::Q2_0];
-
-    /// Returns the type number of tensors.
-    pub(super) fn number(self) -> u32 {
-        match self {
-            Self::I2S => types::I2_S,
-            Self::Tq1_0 => types::TQ1_0,
-            Self::Tq2_0 => types::TQ2_0,
-            Self::Q2_0 => types::Q2_0,
-        }
-    }
-
-    /// Returns `general.file_type`: bitnet.cpp's number for I2_S, llama.cpp's for the others.
-    pub(super) fn file_type(self) -> u32 {
-        match self {
-            Self::I2S => 40,
-            Self::Tq1_0 => 36,
-            Self::Tq2_0 => 37,
-            Self::Q2_0 => 41,
-        }
-    }
-}
-
-impl fmt::Display for TernaryType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::I2S => "i2_s",
-            Self::Tq1_0 => "tq1_0",
-            Self::Tq2_0 => "tq2_0",
-            Self::Q2_0 => "q2_0",
-        })
-    }
-}
-
-impl FromStr for TernaryType {
-    type Err = UnknownName;
-
-    fn from_str(name: &str) -> Result<Self, UnknownName> {
-        parse("ternary type", &Self::ALL, name)
-    }
-}
-
 /// Storage of the embedding and the head.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[non_exhaustive]
@@ -285,6 +202,7 @@ impl Sizes {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model_file::ternary::encode::TernaryType;
 
     #[test]
     fn names_round_trip() {

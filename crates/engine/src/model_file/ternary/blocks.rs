@@ -162,9 +162,16 @@ fn read_rows(
     }
     let packed = packer.packed.into();
     match (tensor.activations, common) {
-        (ActivationScheme::Token, Common::One(scale)) => finish(tensor, scale, packed),
+        (ActivationScheme::Token, Common::One(scale)) => {
+            // Only if it is what the blocks hold: another program may have written them anew.
+            let rounds = |exact: &f32| f16::from_f32(*exact).to_f32().to_bits() == scale.to_bits();
+            let exact = tensor.exact_scale.filter(rounds);
+            finish(tensor, exact.unwrap_or(scale), packed)
+        }
         // Without weights other than 0 any scale will do.
-        (ActivationScheme::Token, Common::None) => finish(tensor, 1.0, packed),
+        (ActivationScheme::Token, Common::None) => {
+            finish(tensor, tensor.exact_scale.unwrap_or(1.0), packed)
+        }
         _ => {
             let (rows, cols) = (tensor.rows, tensor.cols);
             check(tensor, TernaryMatrix::from_packed_blocks(rows, cols, scales.into(), packed))

@@ -17,7 +17,7 @@ pub(super) fn row(tensor: &Tensor, stored: usize) -> &[u8] {
 }
 
 /// Returns the numbers of one row as stored.
-pub(super) fn floats(
+pub(crate) fn floats(
     tensor: &Tensor,
     kind: DenseType,
     stored: usize,
@@ -32,10 +32,18 @@ pub(super) fn floats(
 /// The mean is summed in f64 by 16 lanes, lane `i` taking elements `i`, `i + 16`, ..., folded in
 /// the order 8, 4, 2, 1: one fixed order that also runs at memory speed.
 pub(crate) fn read(tensor: &Tensor, kind: DenseType) -> Result<TernaryMatrix, ModelError> {
+    read_rows(tensor, |row| floats(tensor, kind, tensor.stored_row(row)))
+}
+
+/// [`read`] for the rows that `rows` returns.
+pub(crate) fn read_rows(
+    tensor: &Tensor,
+    rows: impl Fn(usize) -> Result<Vec<f32>, ModelError>,
+) -> Result<TernaryMatrix, ModelError> {
     let mut lanes = [0.0_f64; 16];
     let mut at = 0;
     for row in 0..tensor.rows {
-        let values = floats(tensor, kind, tensor.stored_row(row))?;
+        let values = rows(row)?;
         // A row may begin in any lane; from lane 0 on, whole groups go through all of them.
         let (begin, rest) = values.split_at(values.len().min((16 - at % 16) % 16));
         for (lane, value) in lanes[at % 16..].iter_mut().zip(begin) {
@@ -58,7 +66,7 @@ pub(crate) fn read(tensor: &Tensor, kind: DenseType) -> Result<TernaryMatrix, Mo
     if !mean.is_finite() {
         return Err(tensor.error(format!("has the mean magnitude {mean}, expected finite weights")));
     }
-    quantized(tensor, kind, mean.max(MIN_ABSMEAN))
+    quantized(tensor, rows, mean.max(MIN_ABSMEAN))
 }
 
 /// Makes a matrix ternary whose scale is known.
@@ -67,13 +75,17 @@ pub(crate) fn read_scaled(
     kind: DenseType,
     scale: f32,
 ) -> Result<TernaryMatrix, ModelError> {
-    quantized(tensor, kind, scale.into())
+    quantized(tensor, |row| floats(tensor, kind, tensor.stored_row(row)), scale.into())
 }
 
-fn quantized(tensor: &Tensor, kind: DenseType, scale: f64) -> Result<TernaryMatrix, ModelError> {
+fn quantized(
+    tensor: &Tensor,
+    rows: impl Fn(usize) -> Result<Vec<f32>, ModelError>,
+    scale: f64,
+) -> Result<TernaryMatrix, ModelError> {
     let mut packer = Packer::new(tensor.rows, tensor.cols);
     for row in 0..tensor.rows {
-        let values = floats(tensor, kind, tensor.stored_row(row))?;
+        let values = rows(row)?;
         packer.push(|codes| {
             for (code, value) in codes.iter_mut().zip(values) {
                 *code = quantize(f64::from(value) / scale);

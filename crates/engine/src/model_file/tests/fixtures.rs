@@ -135,7 +135,16 @@ fn qwen3_in_q2_0_has_norms_of_heads_and_scales_of_blocks() {
 
 #[test]
 fn conversion_keeps_the_identity() {
-    for name in ["bitnet-packed", "bitnet-bf16", "gguf/bitnet-i2_s.gguf", "demo-model"] {
+    for name in [
+        "bitnet-packed",
+        "bitnet-bf16",
+        "gguf/bitnet-i2_s.gguf",
+        "demo-model",
+        "llama-packed",
+        "gguf/llama-tq1_0.gguf",
+        "gguf/llama-tq2_0.gguf",
+        "gguf/qwen3-q2_0.gguf",
+    ] {
         let source = open(name);
         let bytes = converted(&source, &format!("identity-{}", name.replace('/', "-")));
         let result = open_bytes(bytes.clone()).unwrap();
@@ -244,14 +253,16 @@ fn output_is_whole_or_absent() {
     let mut convert = |options: &ConvertOptions| {
         to_gguf(&model, &out, options, &mut |progress| reports.push(progress))
     };
-    let size = convert(&ConvertOptions::default()).unwrap();
+    let size = convert(&ConvertOptions::default()).unwrap().bytes;
     let first = std::fs::read(&out).unwrap();
 
     let error = convert(&ConvertOptions::default()).unwrap_err();
     assert!(matches!(error, ModelError::Exists { .. }), "{error}");
     assert_eq!(std::fs::read(&out).unwrap(), first);
 
-    convert(&ConvertOptions { name: Some("other".into()), overwrite: true }).unwrap();
+    let renamed =
+        ConvertOptions { name: Some("other".into()), overwrite: true, ..Default::default() };
+    convert(&renamed).unwrap();
     assert_eq!(ModelFile::open(&out).unwrap().name, "other");
     assert_eq!(folder.names(), ["model.gguf"]);
     assert_eq!(reports.first(), Some(&Progress { written: size, total: size }));

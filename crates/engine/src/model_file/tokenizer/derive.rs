@@ -18,6 +18,14 @@ const NAMED: [(&str, &str, bool); 2] = [
     ),
     (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", "gpt-2", false),
 ];
+/// The expression and the name of Qwen's pre-tokenizer; its normalizer has none.
+const QWEN2: (&str, &str) = (
+    concat!(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "qwen2",
+);
 /// Ids beyond this are refused; a sparse table must not become a huge dense one.
 const MAX_IDS: usize = 1 << 22;
 
@@ -41,20 +49,38 @@ pub(crate) fn vocabulary(json: &str) -> Option<Vocabulary> {
         return None;
     }
     let (pre, implied) = pre_tokenizer(&json["pre_tokenizer"])?;
-    let table = Table::read(model, &json["added_tokens"])?;
+    let table = Table::read(model, &json["added_tokens"], true)?;
     let ignore_merges = model["ignore_merges"].as_bool().unwrap_or(false);
     if ignore_merges != implied && !table.merges_reach_every_token() {
         return None;
     }
-    Some(Vocabulary {
-        model: "gpt2".to_owned(),
-        pre: pre.to_owned(),
-        tokens: table.tokens,
-        token_types: table.types,
-        merges: table.merges.iter().map(|(left, right)| format!("{left} {right}")).collect(),
-        scores: Vec::new(),
-        add_space_prefix: None,
-    })
+    Some(table.into_vocabulary(pre))
+}
+
+/// Returns the vocabulary that comes nearest to `json`, for programs that cannot read it: normalizers
+/// and the finer rules of added tokens are lost. `None` if it is no byte-level BPE.
+pub(crate) fn nearest(json: &str) -> Option<Vocabulary> {
+    let json: Value = serde_json::from_str(json).ok()?;
+    let model = &json["model"];
+    if model["type"].as_str().is_some_and(|kind| kind != "BPE")
+        || json["decoder"]["type"] != "ByteLevel"
+    {
+        return None;
+    }
+    let steps = json["pre_tokenizer"]["pretokenizers"].as_array();
+    let patterns = steps.into_iter().flatten().filter_map(|s| s["pattern"]["Regex"].as_str());
+    let known = |pattern| {
+        let named = NAMED.iter().map(|(known, name, _)| (*known, *name));
+        named.chain([QWEN2]).find(|(known, _)| *known == pattern)
+    };
+    let pre = patterns.filter_map(known).next().map_or("default", |(_, name)| name);
+    let table = Table::read(model, &json["added_tokens"], false)?;
+    Some(table.into_vocabulary(pre))
+}
+
+/// Returns the token of a row without one, named as llama.cpp's converter does.
+pub(crate) fn filler(id: usize) -> String {
+    format!("[PAD{id}]")
 }
 
 /// Whether a setting is absent or off.
@@ -98,7 +124,8 @@ struct Table {
 }
 
 impl Table {
-    fn read(model: &Value, added: &Value) -> Option<Self> {
+    /// With `strict`, only added tokens that are found exactly as they are written are taken.
+    fn read(model: &Value, added: &Value, strict: bool) -> Option<Self> {
         let mut entries: Vec<(usize, &str, TokenType)> = Vec::new();
         for (token, id) in model["vocab"].as_object()? {
             entries.push((usize::try_from(id.as_u64()?).ok()?, token, TokenType::Normal));
@@ -106,7 +133,7 @@ impl Table {
         let mut by_id: HashMap<usize, (&str, TokenType)> = HashMap::new();
         for token in added.as_array().into_iter().flatten() {
             let exact = ["single_word", "lstrip", "rstrip"].iter().all(|flag| falsy(&token[*flag]));
-            if !exact {
+            if strict && !exact {
                 return None;
             }
             let special = token["special"].as_bool().unwrap_or(false);
@@ -120,8 +147,7 @@ impl Table {
         if size > MAX_IDS || size > entries.len().saturating_mul(2).saturating_add(1024) {
             return None;
         }
-        // Gaps are named as llama.cpp's converter names them.
-        let mut tokens: Vec<String> = (0..size).map(|id| format!("[PAD{id}]")).collect();
+        let mut tokens: Vec<String> = (0..size).map(filler).collect();
         let mut types = vec![TokenType::Unused; size];
         for (id, token, kind) in entries {
             if types[id] != TokenType::Unused {
@@ -146,6 +172,18 @@ impl Table {
             merges.push((left.to_owned(), right.to_owned()));
         }
         Some(Self { tokens, types, merges })
+    }
+
+    fn into_vocabulary(self, pre: &str) -> Vocabulary {
+        Vocabulary {
+            model: "gpt2".to_owned(),
+            pre: pre.to_owned(),
+            tokens: self.tokens,
+            token_types: self.types,
+            merges: self.merges.iter().map(|(left, right)| format!("{left} {right}")).collect(),
+            scores: Vec::new(),
+            add_space_prefix: None,
+        }
     }
 
     /// Whether merging the characters of any token gives that token: then taking whole tokens
@@ -226,6 +264,20 @@ mod tests {
         // "cab" is in the vocabulary, but merging its characters stops at "c", "ab".
         assert!(vocabulary(&json(true, Some("cab"))).is_some());
         assert!(vocabulary(&json(false, Some("cab"))).is_none());
+    }
+
+    #[test]
+    fn the_nearest_vocabulary_leaves_out_what_keys_cannot_say() {
+        let mut other: Value = serde_json::from_str(&json(false, None)).unwrap();
+        other["normalizer"] = serde_json::json!({"type": "NFC"});
+        other["added_tokens"][0]["lstrip"] = true.into();
+        other["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = QWEN2.0.into();
+        assert!(vocabulary(&other.to_string()).is_none());
+        let found = nearest(&other.to_string()).unwrap();
+        assert_eq!((found.pre.as_str(), found.tokens[7].as_str()), ("qwen2", "<|x|>"));
+        assert_eq!(found.merges, ["a b", "ab c"]);
+        other["decoder"]["type"] = "Fuse".into();
+        assert!(nearest(&other.to_string()).is_none());
     }
 
     #[test]

@@ -472,3 +472,6 @@ fn head_dim_root(head_dim: usize) -> f32 {
     let head_dim = head_dim as f32;
     head_dim.sqrt()
 }
+
+#[cfg(test)]
+mod tests;

@@ -75,6 +75,7 @@ fn check(command: &str, said: &str) -> Result<()> {
         _ if command.contains("bench") => &["prefill", "decode"],
         _ if command.contains("model synth") => &[""],
         _ if command.contains("model inspect") => &["bitnet"],
+        _ if command.contains("model verify") => &[" is whole, identity "],
         _ if command.contains("helm template") => &["kind: Deployment"],
         _ if command.starts_with("rm ") => return Ok(()),
         _ => bail!("no test knows this command: say here what it promises"),

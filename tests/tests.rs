@@ -4,6 +4,7 @@
 
 mod architecture;
 mod chart;
+mod damaged;
 mod failover;
 mod fixtures;
 mod models;

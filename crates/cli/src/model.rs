@@ -14,12 +14,14 @@ use tercet_engine::{
         synth::{self, SynthOptions},
     },
 };
+use tercet_worker::{LoadError, Verified};
 
 use crate::{
     args::{LogArgs, ModelAction},
     failure::{misconfigured, no_model},
     output::{print, print_line},
     process::{self, Identity},
+    progress::Line,
     remote,
 };
 
@@ -34,6 +36,22 @@ pub(crate) fn run(action: &ModelAction, log: &LogArgs) -> Result<()> {
             } else {
                 print(&summary.to_string())?;
             }
+        }
+        ModelAction::Verify { path } => {
+            let mut line = Line::new();
+            let mut report = |done: usize, layers: usize| {
+                line.show(&format!("{done} of {layers} layers"));
+            };
+            let verified = tercet_worker::verify(path, &mut report);
+            drop(line);
+            let Verified { name, identity } = verified.map_err(|error| match error {
+                LoadError::Model(error) => no_model(error),
+                // Those know the text at fault and not the file.
+                other => {
+                    misconfigured(anyhow::Error::from(other).context(path.display().to_string()))
+                }
+            })?;
+            print_line(&format!("{name} is whole, identity {identity}"))?;
         }
         ModelAction::Convert { source, out, name, ternary, lora, force } => {
             let options = ConvertOptions {

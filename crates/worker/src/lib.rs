@@ -41,6 +41,6 @@ mod worker;
 pub use self::{
     config::{Config, ModelSource, ModelSpec},
     core::NoKvMemory,
-    load::LoadError,
+    load::{LoadError, Verified, verify},
     worker::{BuildError, Condition, ServeError, Worker},
 };

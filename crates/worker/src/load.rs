@@ -1,10 +1,10 @@
 //! Reads a model into memory. Blocking: minutes for a large one.
 
-use std::{ops::ControlFlow, sync::Arc};
+use std::{ops::ControlFlow, path::Path, sync::Arc};
 
 use tercet_engine::{
     Engine, EngineError, Follower, ModelError, ModelFile, StepReport, demo,
-    model_file::LoadProgress,
+    model_file::{LoadProgress, identity},
 };
 use tercet_proto::v1::LoadStage;
 use tercet_telemetry::{Metrics, RowKind};
@@ -48,11 +48,7 @@ pub(crate) fn open(source: &ModelSource) -> Result<ModelFile, ModelError> {
 /// Loads the layers that the worker holds.
 pub(crate) fn load(file: &ModelFile, model: &Hosted) -> Result<Loaded, LoadError> {
     let Hosted { facts, metrics, pool, .. } = model;
-    let tokenizer = Arc::new(Tokenizer::new(&file.tokenizer, file.special.clone())?);
-    let text = |id: Option<u32>| id.and_then(|id| tokenizer.token_text(id)).unwrap_or_default();
-    let (bos, eos) = (text(file.special.bos), text(file.special.eos.first().copied()));
-    let template = file.chat_template.as_deref();
-    let template = template.map(|source| ChatTemplate::new(source, bos, eos)).transpose()?;
+    let (tokenizer, template) = text_parts(file)?;
     let options = model.options();
     let reading = &mut reporter(model, LoadStage::Reading);
     let hashing = &mut reporter(model, LoadStage::Hashing);
@@ -70,7 +66,44 @@ pub(crate) fn load(file: &ModelFile, model: &Hosted) -> Result<Loaded, LoadError
         engine.observe_steps(Box::new(move |report| count(&metrics, &name, report)));
         (Role::Engine(Arc::new(engine)), parts)
     };
-    Ok(Loaded { tokenizer, template, parts, role })
+    Ok(Loaded { tokenizer: Arc::new(tokenizer), template, parts, role })
+}
+
+/// What [`verify`] finds of a model that is whole.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Verified {
+    /// The model's own name.
+    pub name: String,
+    /// Digest of weights, tokenizer, template and numerics, in hexadecimal.
+    pub identity: String,
+}
+
+/// Reads the model at `path` as a worker does, every byte of it, one layer in memory at a time;
+/// `report` is told the layers done and their number.
+///
+/// # Errors
+/// If a worker could not load it.
+pub fn verify(path: &Path, report: &mut dyn FnMut(usize, usize)) -> Result<Verified, LoadError> {
+    let file = ModelFile::open(path)?;
+    text_parts(&file)?;
+    let layers = file.config.layers;
+    let mut parts = Vec::new();
+    for layer in 0..layers {
+        parts.extend(file.load(layer..layer + 1)?.part_digests());
+        report(layer + 1, layers);
+    }
+    let identity = identity(&file.header_digest(), &parts);
+    Ok(Verified { name: file.name, identity })
+}
+
+/// Builds what turns text into ids and back.
+fn text_parts(file: &ModelFile) -> Result<(Tokenizer, Option<ChatTemplate>), LoadError> {
+    let tokenizer = Tokenizer::new(&file.tokenizer, file.special.clone())?;
+    let text = |id: Option<u32>| id.and_then(|id| tokenizer.token_text(id)).unwrap_or_default();
+    let (bos, eos) = (text(file.special.bos), text(file.special.eos.first().copied()));
+    let template = file.chat_template.as_deref();
+    let template = template.map(|source| ChatTemplate::new(source, bos, eos)).transpose()?;
+    Ok((tokenizer, template))
 }
 
 /// Counts a step of the engine of a model.

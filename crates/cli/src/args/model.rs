@@ -28,6 +28,11 @@ pub(crate) enum ModelAction {
         #[arg(long)]
         json: bool,
     },
+    /// Read a model wholly, as a server does, and print its identity
+    Verify {
+        /// GGUF file or Hugging Face folder
+        path: PathBuf,
+    },
     /// Write a model as one GGUF file, as exactly as the storage allows
     Convert {
         /// GGUF file or Hugging Face folder to read

@@ -117,6 +117,7 @@ pub async fn collect(
                 ids.extend(&delta.token_ids);
                 text.push_str(&delta.text);
             }
+            Event::Prompt(_) => {}
             Event::Finished(finished) => {
                 ensure!(stream.message().await?.is_none(), "a message after finished");
                 let started = started.context("finished without started")?;

@@ -65,13 +65,15 @@ impl Backend {
                 top_k: sampling.top_k,
                 top_p: sampling.top_p,
                 seed: sampling.seed,
+                ..Sampling::default()
             }),
             stop: Some(Stop {
                 max_tokens: sampling.max_tokens,
                 strings: sampling.stop.clone(),
                 ignore_eos: sampling.ignore_eos.then_some(true),
+                ..Stop::default()
             }),
-            resume: None,
+            ..GenerateRequest::default()
         };
         Generation::start(&mut self.servers, request).await
     }

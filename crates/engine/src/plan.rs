@@ -55,6 +55,10 @@ pub struct OpenSequence {
     pub traceparent: String,
     /// Pages that hold its first positions already: full, shared, never written again.
     pub pages: Vec<PageId>,
+    /// Tokens of its prompt; empty unless sampling looks at them.
+    pub prompt: Vec<u32>,
+    /// Tokens of its completion so far; empty unless sampling looks at them.
+    pub completion: Vec<u32>,
 }
 
 /// Consecutive rows of one sequence.

@@ -112,6 +112,17 @@ pub enum SubmitError {
         vocab: usize,
     },
     /// The fault of the request.
+    #[error("token id {id} with a bias is not below the vocabulary size {vocab}")]
+    InvalidBias {
+        /// The id.
+        id: u32,
+        /// Number of ids.
+        vocab: usize,
+    },
+    /// The fault of whoever made the request: these are checked where it comes in.
+    #[error("the sampling parameters are out of their bounds")]
+    Sampling,
+    /// The fault of the request.
     #[error("{tokens} tokens do not fit the context of {limit}")]
     TooLong {
         /// Tokens of the prompt and the resumed ids.

@@ -11,7 +11,7 @@ use crate::{
     model_file::{ModelConfig, ModelError, ModelFile, Report, StageWeights},
     plan::{Run, RunOutcome, RunOutput, RunResult, Scores, SequenceId, StepPlan},
     pool::ComputePool,
-    sampler::{Sampler, SamplingParams, token_id},
+    sampler::{History, Sampler, SamplingParams, token_id},
 };
 
 /// Sees the logits of a row: the sequence, the position of the row, one logit for each token id.
@@ -38,6 +38,14 @@ pub(crate) enum Produced {
     Results(Vec<RunResult>),
 }
 
+/// A sequence that is open in a stage.
+#[derive(Debug)]
+struct Opened {
+    sampling: SamplingParams,
+    /// Kept up where tokens are sampled, if sampling looks at it.
+    history: History,
+}
+
 /// A stage with its KV cache and the sequences that are open in it.
 pub(crate) struct StageRunner {
     config: ModelConfig,
@@ -45,7 +53,7 @@ pub(crate) struct StageRunner {
     kernels: Kernels,
     pool: ComputePool,
     kv: KvCache,
-    sequences: HashMap<SequenceId, SamplingParams>,
+    sequences: HashMap<SequenceId, Opened>,
     work: Workspace,
     sampler: Sampler,
     observer: Option<LogitsObserver>,
@@ -201,7 +209,19 @@ impl StageRunner {
             self.kv.release(*id);
         }
         for open in &plan.open {
-            if self.sequences.insert(open.id, open.sampling).is_some() {
+            let mut ids =
+                open.prompt.iter().chain(&open.completion).chain(open.sampling.logit_bias.keys());
+            if ids.any(|id| *id as usize >= self.config.vocab) {
+                return Err(frame(format!(
+                    "sequence {} opens with token ids beyond the vocabulary",
+                    open.id
+                )));
+            }
+            let opened = Opened {
+                sampling: open.sampling.clone(),
+                history: History::new(&open.prompt, &open.completion),
+            };
+            if self.sequences.insert(open.id, opened).is_some() {
                 return Err(frame(format!("sequence {} is open already", open.id)));
             }
             self.kv.open(open.id, &open.pages)?;
@@ -252,13 +272,11 @@ impl StageRunner {
                 None
             }
             RunOutput::Sample => {
-                let params = self.sequences[&run.sequence];
                 let observe_from = if self.observer.is_some() { first_row } else { last - 1 };
                 let mut token = 0;
                 let finite = self.for_each_logits(run, observe_from..last, |this, row, logits| {
                     if row + 1 == last {
-                        let position = run.position + run.rows;
-                        token = this.sampler.sample(this.kernels, logits, &params, position);
+                        token = this.sample(run, logits);
                     }
                 });
                 Some(if finite { RunOutcome::Token(token) } else { RunOutcome::NonFinite })
@@ -277,6 +295,19 @@ impl StageRunner {
                 Some(if finite { RunOutcome::Scores(scores) } else { RunOutcome::NonFinite })
             }
         }
+    }
+
+    /// Returns the token sampled from `logits` after `run`, which becomes part of the history.
+    fn sample(&mut self, run: &Run, logits: &[f32]) -> u32 {
+        let Self { sampler, kernels, sequences, .. } = self;
+        let Opened { sampling, history } =
+            sequences.get_mut(&run.sequence).expect("runs are of open sequences");
+        let position = run.position + run.rows;
+        let token = sampler.sample(*kernels, logits, sampling, history, position);
+        if sampling.looks_at_completion() {
+            history.push(token);
+        }
+        token
     }
 
     /// Computes the logits of some rows of the step, a few at a time, and hands each row over.

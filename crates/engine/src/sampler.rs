@@ -1,15 +1,23 @@
-//! From logits to a token: greedy, temperature, top-k and top-p, with repeatable draws.
+//! From logits to a token: penalties, bias, temperature, top-k, top-p and min-p, with repeatable
+//! draws.
 //!
-//! The order is fixed (temperature, top_k, top_p, draw), sums have a fixed order, and the random
-//! number depends on nothing but the seed and the position of the token, so the same logits give
-//! the same token on every machine, in every batch and after every resume.
+//! The order is fixed (penalties, bias, temperature, top_k, top_p, min_p, draw), sums have a fixed
+//! order, and the random number depends on nothing but the seed and the position of the token, so
+//! the same logits after the same tokens give the same token on every machine, in every batch and
+//! after every resume.
 
-use std::cmp::Ordering;
+mod history;
+#[cfg(test)]
+mod tests;
+
+use std::{cmp::Ordering, collections::BTreeMap};
 
 use tercet_kernels::Kernels;
 
+pub(crate) use self::history::History;
+
 /// How tokens are chosen.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParams {
     /// Divides the logits; 0 is greedy. Finite, not negative.
     pub temperature: f32,
@@ -19,12 +27,66 @@ pub struct SamplingParams {
     pub top_p: f32,
     /// Key of the draws.
     pub seed: u64,
+    /// Keeps the tokens at least this many times as probable as the likeliest, in [0, 1].
+    pub min_p: f32,
+    /// Divides positive logits of tokens of prompt and completion, and multiplies negative ones; 1
+    /// changes nothing. Finite, positive.
+    pub repetition_penalty: f32,
+    /// Taken from the logit of a token once for each time the completion has it. Finite.
+    pub frequency_penalty: f32,
+    /// Taken from the logit of a token that the completion has. Finite.
+    pub presence_penalty: f32,
+    /// Added to the logits of these ids. Finite.
+    pub logit_bias: BTreeMap<u32, f32>,
 }
 
 impl SamplingParams {
     /// Returns the parameters that always take the likeliest token.
     pub fn greedy() -> Self {
-        Self { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 }
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            seed: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            logit_bias: BTreeMap::new(),
+        }
+    }
+
+    /// Returns whether a sampler can follow these parameters, whatever the logits.
+    pub fn are_usable(&self) -> bool {
+        self.temperature.is_finite()
+            && self.temperature >= 0.0
+            && self.top_p > 0.0
+            && self.top_p <= 1.0
+            && (0.0..=1.0).contains(&self.min_p)
+            && self.repetition_penalty.is_finite()
+            && self.repetition_penalty > 0.0
+            && self.frequency_penalty.is_finite()
+            && self.presence_penalty.is_finite()
+            && self.logit_bias.values().all(|bias| bias.is_finite())
+    }
+
+    /// Returns whether a choice depends on the tokens of the prompt.
+    pub fn looks_at_prompt(&self) -> bool {
+        self.penalizes_repetition()
+    }
+
+    /// Returns whether a choice depends on the tokens of the completion.
+    pub fn looks_at_completion(&self) -> bool {
+        self.penalizes_repetition() || self.penalizes_counts()
+    }
+
+    #[expect(clippy::float_cmp, reason = "exactly 1 changes nothing")]
+    fn penalizes_repetition(&self) -> bool {
+        self.repetition_penalty != 1.0
+    }
+
+    fn penalizes_counts(&self) -> bool {
+        self.frequency_penalty != 0.0 || self.presence_penalty != 0.0
     }
 }
 
@@ -45,14 +107,40 @@ impl Candidate {
 /// Buffers reused from token to token.
 #[derive(Debug, Default)]
 pub(crate) struct Sampler {
+    /// Logits after penalties and bias.
+    adjusted: Vec<f32>,
     weights: Vec<f32>,
     candidates: Vec<Candidate>,
 }
 
 impl Sampler {
     /// Returns the token chosen from `logits` (all finite) for `position`, its absolute position in
-    /// the sequence.
+    /// the sequence, after the tokens of `history`.
     pub(crate) fn sample(
+        &mut self,
+        kernels: Kernels,
+        logits: &[f32],
+        params: &SamplingParams,
+        history: &History,
+        position: usize,
+    ) -> u32 {
+        if !params.looks_at_completion() && params.logit_bias.is_empty() {
+            return self.choose(kernels, logits, params, position);
+        }
+        let mut adjusted = std::mem::take(&mut self.adjusted);
+        adjusted.clear();
+        adjusted.extend_from_slice(logits);
+        history.penalize(&mut adjusted, params);
+        for (&id, bias) in &params.logit_bias {
+            shift(&mut adjusted[id as usize], *bias);
+        }
+        let token = self.choose(kernels, &adjusted, params, position);
+        self.adjusted = adjusted;
+        token
+    }
+
+    /// Returns the token chosen from logits that are what they should be.
+    fn choose(
         &mut self,
         kernels: Kernels,
         logits: &[f32],
@@ -67,6 +155,9 @@ impl Sampler {
         let draw = uniform(params.seed, position as u64);
         if params.top_p < 1.0 {
             self.keep_top_p(params.top_p);
+        }
+        if params.min_p > 0.0 {
+            self.keep_min_p(params.min_p * self.weights[best]);
         }
         if self.candidates.is_empty() {
             pick(self.weights.iter().enumerate().map(|(id, &weight)| (token_id(id), weight)), draw)
@@ -106,12 +197,7 @@ impl Sampler {
     /// Keeps the shortest prefix, in order of weight, whose weights reach `top_p` of the total.
     fn keep_top_p(&mut self, top_p: f32) {
         if self.candidates.is_empty() {
-            self.candidates.extend(
-                self.weights
-                    .iter()
-                    .enumerate()
-                    .map(|(id, &weight)| Candidate { id: token_id(id), weight }),
-            );
+            self.candidates.extend(candidates(&self.weights));
         } else {
             self.candidates.sort_unstable_by_key(|candidate| candidate.id);
         }
@@ -139,6 +225,26 @@ impl Sampler {
             block *= 4;
         }
     }
+
+    /// Keeps the candidates of at least this weight, which the likeliest has.
+    fn keep_min_p(&mut self, least: f32) {
+        if self.candidates.is_empty() {
+            let kept = candidates(&self.weights).filter(|candidate| candidate.weight >= least);
+            self.candidates.extend(kept);
+        } else {
+            self.candidates.retain(|candidate| candidate.weight >= least);
+        }
+    }
+}
+
+/// Returns every id with its weight, in order.
+fn candidates(weights: &[f32]) -> impl Iterator<Item = Candidate> {
+    weights.iter().enumerate().map(|(id, &weight)| Candidate { id: token_id(id), weight })
+}
+
+/// Adds to a logit, which stays finite.
+fn shift(logit: &mut f32, by: f32) {
+    *logit = (*logit + by).clamp(f32::MIN, f32::MAX);
 }
 
 /// Sums in 16 lanes, lane i taking elements i, i + 16, ..., folded by halves.
@@ -214,101 +320,4 @@ fn high(value: u64) -> u32 {
 
 pub(crate) fn token_id(index: usize) -> u32 {
     u32::try_from(index).expect("the loader bounds the vocabulary by u32")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn philox_matches_the_published_vectors() {
-        // kat_vectors of Random123: philox4x32, 10 rounds.
-        assert_eq!(philox([0; 4], [0; 2]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
-        assert_eq!(
-            philox([u32::MAX; 4], [u32::MAX; 2]),
-            [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]
-        );
-        assert_eq!(
-            philox(
-                [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344],
-                [0xa409_3822, 0x299f_31d0]
-            ),
-            [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]
-        );
-    }
-
-    fn draw_many(logits: &[f32], params: SamplingParams, n: usize) -> Vec<u32> {
-        let mut sampler = Sampler::default();
-        (0..n).map(|i| sampler.sample(Kernels::detect(), logits, &params, i)).collect()
-    }
-
-    #[test]
-    fn greedy_takes_the_lowest_of_equal_logits() {
-        assert_eq!(draw_many(&[1.0, 3.0, 3.0, 2.0], SamplingParams::greedy(), 1), [1]);
-    }
-
-    #[test]
-    fn frequencies_follow_the_softmax() {
-        let logits = [0.0, 1.0, 2.0, -1.0];
-        let params = SamplingParams { temperature: 0.7, top_k: 0, top_p: 1.0, seed: 3 };
-        let n = 20_000;
-        let draws = draw_many(&logits, params, n);
-        let weights: Vec<f64> = logits.iter().map(|l| (f64::from(*l) / 0.7).exp()).collect();
-        let total: f64 = weights.iter().sum();
-        for (id, weight) in weights.iter().enumerate() {
-            let seen = draws.iter().filter(|&&draw| draw as usize == id).count() as f64;
-            let expected = weight / total * n as f64;
-            assert!(
-                (seen - expected).abs() < 5.0 * expected.sqrt() + 5.0,
-                "{id}: {seen} {expected}"
-            );
-        }
-    }
-
-    #[test]
-    fn top_k_keeps_the_lowest_ids_of_a_tie() {
-        let params = SamplingParams { temperature: 5.0, top_k: 2, top_p: 1.0, seed: 9 };
-        let draws = draw_many(&[1.0, 2.0, 2.0, 2.0], params, 500);
-        assert!(draws.iter().all(|&id| id == 1 || id == 2));
-        assert!(draws.contains(&1) && draws.contains(&2));
-    }
-
-    #[test]
-    fn top_p_equals_a_plain_sort_over_a_large_vocabulary() {
-        let logits: Vec<f32> =
-            (0..5_000_u16).map(|i| f32::from(i % 89) / 8.0 - f32::from(i % 7)).collect();
-        for top_p in [0.05, 0.5, 0.95] {
-            let params = SamplingParams { temperature: 1.3, top_k: 0, top_p, seed: 1 };
-            let mut sampler = Sampler::default();
-            sampler.sample(Kernels::detect(), &logits, &params, 0);
-            let kept: Vec<u32> = sampler.candidates.iter().map(|c| c.id).collect();
-
-            let mut sorted: Vec<Candidate> = sampler
-                .weights
-                .iter()
-                .enumerate()
-                .map(|(id, &weight)| Candidate { id: token_id(id), weight })
-                .collect();
-            sorted.sort_by(Candidate::likelier);
-            let wanted = top_p * lane_sum(sampler.weights.iter().copied());
-            let mut reached = 0.0;
-            let mut expected: Vec<u32> = sorted
-                .iter()
-                .take_while(|c| {
-                    let open = reached < wanted;
-                    reached += c.weight;
-                    open
-                })
-                .map(|c| c.id)
-                .collect();
-            expected.sort_unstable();
-            assert_eq!(kept, expected, "top_p {top_p}");
-        }
-    }
-
-    #[test]
-    fn tiny_top_p_is_greedy() {
-        let params = SamplingParams { temperature: 1.0, top_k: 0, top_p: 1e-6, seed: 4 };
-        assert!(draw_many(&[0.0, 0.5, 0.4], params, 100).iter().all(|&id| id == 1));
-    }
 }

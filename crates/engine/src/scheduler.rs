@@ -34,6 +34,7 @@ use crate::{
     kv::PAGE_POSITIONS,
     plan::{OpenSequence, Run, RunOutcome, RunResult, Scores, SequenceId, StepPlan, StepResult},
     request::{SequenceEvent, SequenceRequest, SubmitError},
+    sampler::SamplingParams,
 };
 
 /// Limits of a scheduler.
@@ -178,6 +179,13 @@ impl Scheduler {
         if let Some((index, &id)) = ids.enumerate().find(|&(_, &id)| id as usize >= config.vocab) {
             return Err(SubmitError::InvalidId { index, id, vocab: config.vocab });
         }
+        let SamplingParams { logit_bias, .. } = &request.sampling;
+        if let Some(&id) = logit_bias.keys().find(|id| **id as usize >= config.vocab) {
+            return Err(SubmitError::InvalidBias { id, vocab: config.vocab });
+        }
+        if !request.sampling.are_usable() {
+            return Err(SubmitError::Sampling);
+        }
         let tokens = request.prompt.len() + request.resumed.len();
         let limit = config.context_limit();
         if tokens > limit {
@@ -289,11 +297,14 @@ impl Scheduler {
                 let pages = sequence.open();
                 let cached = pages.len() * PAGE_POSITIONS;
                 self.tally.hit_tokens += cached;
+                let (prompt, completion) = sequence.history();
                 open.push(OpenSequence {
                     id: sequence.id,
-                    sampling: sequence.request.sampling,
+                    sampling: sequence.request.sampling.clone(),
                     traceparent: sequence.request.traceparent.clone(),
                     pages,
+                    prompt,
+                    completion,
                 });
                 events.push((sequence.key, SequenceEvent::Scheduled { cached }));
             }

@@ -216,7 +216,7 @@ impl State {
                     recorder.succeed();
                 }
             }
-            None => {}
+            Some(v1::generate_response::Event::Prompt(_)) | None => {}
         }
         step
     }

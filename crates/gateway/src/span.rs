@@ -54,6 +54,8 @@ pub(crate) fn generation(
         gen_ai.request.temperature = spec.sampling.temperature,
         gen_ai.request.top_k = spec.sampling.top_k,
         gen_ai.request.top_p = spec.sampling.top_p,
+        gen_ai.request.frequency_penalty = spec.sampling.frequency_penalty,
+        gen_ai.request.presence_penalty = spec.sampling.presence_penalty,
         gen_ai.request.seed = spec.sampling.seed,
         gen_ai.response.model = Empty,
         gen_ai.response.finish_reasons = Empty,

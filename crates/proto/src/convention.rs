@@ -13,7 +13,7 @@ pub fn error_type(status: &Status) -> &'static str {
 pub fn finish_reason(reason: FinishReason) -> &'static str {
     match reason {
         FinishReason::Unspecified => "unspecified",
-        FinishReason::Eos | FinishReason::StopString => "stop",
+        FinishReason::Eos | FinishReason::StopString | FinishReason::StopToken => "stop",
         FinishReason::MaxTokens | FinishReason::Context => "length",
     }
 }

@@ -21,8 +21,9 @@ mod violation;
 pub use self::{
     deadline::timeout,
     request::{
-        GenerateSpec, Input, MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS, ResumeSpec, SamplingSpec,
-        ScoreSpec, StopSpec, TokenizeSpec,
+        GenerateSpec, Input, MAX_CACHE_SALT_BYTES, MAX_LOGIT_BIAS, MAX_LOGIT_BIASES, MAX_PENALTY,
+        MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS, ResumeSpec,
+        SamplingSpec, ScoreSpec, StopSpec, TokenizeSpec,
     },
     status::{DOMAIN, Reason, UnknownReason, is_broken, is_movable, is_unreachable, retry_after},
     violation::{InvalidRequest, Violation},

@@ -3,6 +3,8 @@
 //! Servers turn wire messages into these at the edge and pass only these on; a gateway turns them
 //! back, without copying, to ask a worker.
 
+use std::collections::BTreeMap;
+
 use crate::v1;
 use crate::violation::{InvalidRequest, Violations};
 
@@ -13,6 +15,18 @@ mod tests;
 pub const MAX_STOP_STRINGS: usize = 16;
 /// Longest stop string, in bytes: text is withheld while it may become one.
 pub const MAX_STOP_STRING_BYTES: usize = 1024;
+/// Most stop tokens of one request.
+pub const MAX_STOP_TOKENS: usize = 64;
+/// Most token ids with a bias of one request.
+pub const MAX_LOGIT_BIASES: usize = 1024;
+/// Largest bias, and the smallest below 0.
+pub const MAX_LOGIT_BIAS: f32 = 100.0;
+/// Largest frequency and presence penalty, and the smallest below 0.
+pub const MAX_PENALTY: f32 = 2.0;
+/// Most alternatives named beside each token.
+pub const MAX_TOP_LOGPROBS: u32 = 20;
+/// Longest cache salt, in bytes.
+pub const MAX_CACHE_SALT_BYTES: usize = 256;
 
 /// A completion to generate.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,6 +41,13 @@ pub struct GenerateSpec {
     pub stop: StopSpec,
     /// Where an earlier stream of the same request broke off.
     pub resume: Option<ResumeSpec>,
+    /// How many alternatives to name beside each token and its log-probability, at most
+    /// [`MAX_TOP_LOGPROBS`]; `None` asks for no log-probabilities.
+    pub logprobs: Option<u32>,
+    /// Whether to send the prompt back first.
+    pub echo: bool,
+    /// Keeps caches apart; at most [`MAX_CACHE_SALT_BYTES`] long.
+    pub cache_salt: String,
 }
 
 /// What a completion continues.
@@ -41,7 +62,7 @@ pub enum Input {
 }
 
 /// Overrides of the model's sampling defaults.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct SamplingSpec {
     /// Finite and at least 0; 0 is greedy.
     pub temperature: Option<f32>,
@@ -51,6 +72,16 @@ pub struct SamplingSpec {
     pub top_p: Option<f32>,
     /// Key of the draws; `None` lets the server draw one.
     pub seed: Option<u64>,
+    /// In [0, 1]; 0 keeps all tokens.
+    pub min_p: Option<f32>,
+    /// Finite and above 0; 1 changes nothing.
+    pub repetition_penalty: Option<f32>,
+    /// At most [`MAX_PENALTY`] from 0.
+    pub frequency_penalty: Option<f32>,
+    /// At most [`MAX_PENALTY`] from 0.
+    pub presence_penalty: Option<f32>,
+    /// Of at most [`MAX_LOGIT_BIASES`] ids, at most [`MAX_LOGIT_BIAS`] from 0.
+    pub logit_bias: BTreeMap<u32, f32>,
 }
 
 /// When a completion ends.
@@ -62,6 +93,8 @@ pub struct StopSpec {
     pub strings: Vec<String>,
     /// Whether to go on past end-of-sequence tokens.
     pub ignore_eos: bool,
+    /// At most [`MAX_STOP_TOKENS`] ids that end the completion.
+    pub token_ids: Vec<u32>,
 }
 
 /// Where an earlier stream of the same request broke off.
@@ -84,7 +117,16 @@ impl TryFrom<v1::GenerateRequest> for GenerateSpec {
     type Error = InvalidRequest;
 
     fn try_from(request: v1::GenerateRequest) -> Result<Self, Self::Error> {
-        let v1::GenerateRequest { model, input, sampling, stop, resume } = request;
+        let v1::GenerateRequest {
+            model,
+            input,
+            sampling,
+            stop,
+            resume,
+            logprobs,
+            echo,
+            cache_salt,
+        } = request;
         let sampling = sampling.unwrap_or_default();
         let stop = stop.unwrap_or_default();
 
@@ -95,6 +137,14 @@ impl TryFrom<v1::GenerateRequest> for GenerateSpec {
         if let Some(resume) = &resume {
             check_resume(resume, &sampling, &stop, &mut violations);
         }
+        if let Some(v1::Logprobs { top }) = logprobs {
+            violations.require(top <= MAX_TOP_LOGPROBS, "logprobs.top", || {
+                format!("must be at most {MAX_TOP_LOGPROBS}, got {top}")
+            });
+        }
+        violations.require(cache_salt.len() <= MAX_CACHE_SALT_BYTES, "cache_salt", || {
+            format!("must be at most {MAX_CACHE_SALT_BYTES} bytes long, got {}", cache_salt.len())
+        });
         violations.finish()?;
 
         Ok(Self {
@@ -109,20 +159,30 @@ impl TryFrom<v1::GenerateRequest> for GenerateSpec {
                 top_k: sampling.top_k,
                 top_p: sampling.top_p,
                 seed: sampling.seed,
+                min_p: sampling.min_p,
+                repetition_penalty: sampling.repetition_penalty,
+                frequency_penalty: sampling.frequency_penalty,
+                presence_penalty: sampling.presence_penalty,
+                logit_bias: sampling.logit_bias,
             },
             stop: StopSpec {
                 max_tokens: stop.max_tokens,
                 strings: stop.strings,
                 ignore_eos: stop.ignore_eos.unwrap_or_default(),
+                token_ids: stop.token_ids,
             },
             resume: resume.map(|v1::Resume { seed, token_ids }| ResumeSpec { seed, token_ids }),
+            logprobs: logprobs.map(|logprobs| logprobs.top),
+            echo: echo.unwrap_or_default(),
+            cache_salt,
         })
     }
 }
 
 impl From<GenerateSpec> for v1::GenerateRequest {
     fn from(spec: GenerateSpec) -> Self {
-        let GenerateSpec { model, input, sampling, stop, resume } = spec;
+        let GenerateSpec { model, input, sampling, stop, resume, logprobs, echo, cache_salt } =
+            spec;
         Self {
             model: model.unwrap_or_default(),
             input: Some(match input {
@@ -135,13 +195,22 @@ impl From<GenerateSpec> for v1::GenerateRequest {
                 top_k: sampling.top_k,
                 top_p: sampling.top_p,
                 seed: sampling.seed,
+                min_p: sampling.min_p,
+                repetition_penalty: sampling.repetition_penalty,
+                frequency_penalty: sampling.frequency_penalty,
+                presence_penalty: sampling.presence_penalty,
+                logit_bias: sampling.logit_bias,
             }),
             stop: Some(v1::Stop {
                 max_tokens: stop.max_tokens,
                 strings: stop.strings,
                 ignore_eos: Some(stop.ignore_eos),
+                token_ids: stop.token_ids,
             }),
             resume: resume.map(|ResumeSpec { seed, token_ids }| v1::Resume { seed, token_ids }),
+            logprobs: logprobs.map(|top| v1::Logprobs { top }),
+            echo: Some(echo),
+            cache_salt,
         }
     }
 }
@@ -238,6 +307,36 @@ fn check_sampling(sampling: &v1::Sampling, violations: &mut Violations) {
             format!("must be above 0 and at most 1, got {top_p}")
         });
     }
+    if let Some(min_p) = sampling.min_p {
+        violations.require((0.0..=1.0).contains(&min_p), "sampling.min_p", || {
+            format!("must be 0 to 1, got {min_p}")
+        });
+    }
+    if let Some(penalty) = sampling.repetition_penalty {
+        let holds = penalty.is_finite() && penalty > 0.0;
+        violations.require(holds, "sampling.repetition_penalty", || {
+            format!("must be finite and above 0, got {penalty}")
+        });
+    }
+    for (field, penalty) in [
+        ("sampling.frequency_penalty", sampling.frequency_penalty),
+        ("sampling.presence_penalty", sampling.presence_penalty),
+    ] {
+        let penalty = penalty.unwrap_or_default();
+        violations.require((-MAX_PENALTY..=MAX_PENALTY).contains(&penalty), field, || {
+            format!("must be -{MAX_PENALTY} to {MAX_PENALTY}, got {penalty}")
+        });
+    }
+    let biases = sampling.logit_bias.len();
+    violations.require(biases <= MAX_LOGIT_BIASES, "sampling.logit_bias", || {
+        format!("must hold at most {MAX_LOGIT_BIASES} ids, got {biases}")
+    });
+    for (id, bias) in sampling.logit_bias.iter().take(MAX_LOGIT_BIASES) {
+        let holds = (-MAX_LOGIT_BIAS..=MAX_LOGIT_BIAS).contains(bias);
+        violations.require(holds, &format!("sampling.logit_bias[{id}]"), || {
+            format!("must be -{MAX_LOGIT_BIAS} to {MAX_LOGIT_BIAS}, got {bias}")
+        });
+    }
 }
 
 fn check_stop(stop: &v1::Stop, violations: &mut Violations) {
@@ -246,6 +345,9 @@ fn check_stop(stop: &v1::Stop, violations: &mut Violations) {
     });
     violations.require(stop.strings.len() <= MAX_STOP_STRINGS, "stop.strings", || {
         format!("must hold at most {MAX_STOP_STRINGS} strings, got {}", stop.strings.len())
+    });
+    violations.require(stop.token_ids.len() <= MAX_STOP_TOKENS, "stop.token_ids", || {
+        format!("must hold at most {MAX_STOP_TOKENS} ids, got {}", stop.token_ids.len())
     });
     for (nth, string) in stop.strings.iter().take(MAX_STOP_STRINGS).enumerate() {
         let field = format!("stop.strings[{nth}]");

@@ -20,6 +20,11 @@ pub(crate) fn submit(model: &Hosted, error: &SubmitError, field: &str, prompt: u
             };
             InvalidRequest::new(field, format!("must be below {vocab}, got {id}")).into()
         }
+        SubmitError::InvalidBias { id, vocab } => {
+            let what = format!("must be of an id below {vocab}");
+            InvalidRequest::new(format!("sampling.logit_bias[{id}]"), what).into()
+        }
+        SubmitError::Sampling => InvalidRequest::new("sampling", message).into(),
         SubmitError::TooLong { tokens, limit } => too_long(field, *tokens, *limit),
         SubmitError::QueueFull { .. } => model.overloaded(message),
         SubmitError::NoPipeline => Reason::PipelineBroken.status(message),

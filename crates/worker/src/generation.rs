@@ -121,7 +121,7 @@ impl Generation {
             }
         }
         ids.truncate(self.completion.tokens() - index);
-        v1::Delta { index: wire(index), token_ids: ids, text }
+        v1::Delta { index: wire(index), token_ids: ids, text, logprobs: Vec::new() }
     }
 
     /// Ends the stream: the completion is complete.
@@ -130,8 +130,10 @@ impl Generation {
         let usage = v1::Usage {
             prompt_tokens: wire(self.completion.prompt_tokens()),
             completion_tokens: wire(self.completion.tokens()),
+            ..v1::Usage::default()
         };
-        let finished = v1::Finished { reason: reason.into(), usage: Some(usage) };
+        let finished =
+            v1::Finished { reason: reason.into(), usage: Some(usage), ..v1::Finished::default() };
         self.outbox.push_back(message(Event::Finished(finished)));
         watched.succeed(reason, usage);
         // Ends what the engine does for it: after a stop string it would go on.

@@ -211,7 +211,7 @@ async fn submit(
 ) -> Result<(Generation, v1::Started), Status> {
     let held = Held { _room: model.admit()?, _active: active };
     let seed = spec.seed().unwrap_or_else(draw_seed);
-    let GenerateSpec { input, sampling, stop, resume, .. } = spec;
+    let GenerateSpec { input, sampling, stop, resume, cache_salt, .. } = spec;
     let resumed = resume.map(|resume| resume.token_ids).unwrap_or_default();
     let loaded = blocking(&model, move |loaded| {
         let prompt = Prompt::new(input, loaded)?;
@@ -252,7 +252,7 @@ async fn submit(
             sampling: with_defaults(&model.facts, sampling, seed),
             output: Output::Generate { max_tokens: limits.max_tokens, stop_ids: limits.stop_ids },
             traceparent: tercet_telemetry::traceparent_of(&watched.span),
-            cache_salt: String::new(),
+            cache_salt,
         };
         let handle = engine
             .submit(request, sink)
@@ -287,6 +287,11 @@ fn with_defaults(facts: &Facts, asked: SamplingSpec, seed: u64) -> SamplingParam
         top_k: asked.top_k.unwrap_or(defaults.top_k),
         top_p: asked.top_p.unwrap_or(defaults.top_p),
         seed,
+        min_p: asked.min_p.unwrap_or(defaults.min_p),
+        repetition_penalty: asked.repetition_penalty.unwrap_or(defaults.repetition_penalty),
+        frequency_penalty: asked.frequency_penalty.unwrap_or_default(),
+        presence_penalty: asked.presence_penalty.unwrap_or_default(),
+        logit_bias: asked.logit_bias,
     }
 }
 
@@ -313,6 +318,8 @@ fn record_request(span: &Span, operation: Operation, model: &str, spec: &Generat
     span.record("gen_ai.request.temperature", spec.sampling.temperature);
     span.record("gen_ai.request.top_k", spec.sampling.top_k);
     span.record("gen_ai.request.top_p", spec.sampling.top_p);
+    span.record("gen_ai.request.frequency_penalty", spec.sampling.frequency_penalty);
+    span.record("gen_ai.request.presence_penalty", spec.sampling.presence_penalty);
     if let Some(resume) = &spec.resume {
         span.record("tercet.resumed_tokens", resume.token_ids.len());
     }

@@ -23,6 +23,8 @@ pub(crate) fn server(method: &'static str, metadata: &MetadataMap) -> Span {
         gen_ai.request.temperature = Empty,
         gen_ai.request.top_k = Empty,
         gen_ai.request.top_p = Empty,
+        gen_ai.request.frequency_penalty = Empty,
+        gen_ai.request.presence_penalty = Empty,
         gen_ai.request.seed = Empty,
         gen_ai.response.finish_reasons = Empty,
         gen_ai.usage.input_tokens = Empty,

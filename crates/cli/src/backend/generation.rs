@@ -93,7 +93,7 @@ impl<'a> Generation<'a> {
                         continue;
                     }
                     Some(Event::Finished(finished)) => return Ok(Piece::Finished(finished)),
-                    Some(Event::Started(_)) | None => continue,
+                    Some(Event::Started(_) | Event::Prompt(_)) | None => continue,
                 },
                 Ok(None) => {
                     Status::unavailable("the server closed the stream before the text was complete")

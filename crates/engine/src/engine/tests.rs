@@ -63,7 +63,7 @@ fn prompts(n: usize) -> Vec<Vec<u32>> {
 }
 
 fn sampled(seed: u64) -> SamplingParams {
-    SamplingParams { temperature: 0.9, top_k: 0, top_p: 0.95, seed }
+    SamplingParams { temperature: 0.9, top_p: 0.95, seed, ..SamplingParams::greedy() }
 }
 
 fn submit(engine: &Engine, asked: SequenceRequest) -> (SequenceHandle, Receiver<SequenceEvent>) {

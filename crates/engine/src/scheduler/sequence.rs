@@ -125,6 +125,16 @@ impl Sequence {
         self.table.tell(self.computed)
     }
 
+    /// Returns the tokens of prompt and completion, as far as sampling looks at them.
+    pub(super) fn history(&self) -> (Vec<u32>, Vec<u32>) {
+        let Output::Generate { .. } = self.request.output else { return Default::default() };
+        let sampling = &self.request.sampling;
+        let (prompt, completion) = self.tokens.split_at(self.request.prompt.len());
+        let prompt = if sampling.looks_at_prompt() { prompt } else { &[] };
+        let completion = if sampling.looks_at_completion() { completion } else { &[] };
+        (prompt.to_vec(), completion.to_vec())
+    }
+
     /// Returns the first position to compute.
     pub(super) fn next_position(&self) -> usize {
         if self.opened { self.computed } else { self.table.hit * PAGE_IDS }

@@ -11,6 +11,8 @@ pub(crate) struct Cursor {
     ids: Vec<u32>,
     /// Length of the prompt, once the client was told.
     prompt_tokens: Option<u32>,
+    /// Whether the client has the prompt back.
+    echoed: bool,
     /// Number of the current attempt.
     attempt: u32,
     /// Attempt and index of the last text that went out without a token: the rest of a withheld
@@ -34,7 +36,7 @@ pub(crate) enum Step {
 impl Cursor {
     /// Returns the start of a stream; `given` are the tokens that the client resumes after.
     pub(crate) fn new(seed: u64, given: Vec<u32>) -> Self {
-        Self { seed, ids: given, prompt_tokens: None, attempt: 0, text_alone: None }
+        Self { seed, ids: given, prompt_tokens: None, echoed: false, attempt: 0, text_alone: None }
     }
 
     pub(crate) fn seed(&self) -> u64 {
@@ -62,6 +64,8 @@ impl Cursor {
                 Step::Broken("the first message is not `started`".to_owned())
             }
             Some(Event::Delta(delta)) => self.delta(delta),
+            Some(Event::Prompt(_)) if std::mem::replace(&mut self.echoed, true) => Step::Skip,
+            Some(Event::Prompt(_)) => Step::Forward(response),
             Some(Event::Finished(_)) => Step::Forward(response),
             // Of a later version: nothing that a client of this one needs.
             None => Step::Skip,
@@ -144,7 +148,12 @@ mod tests {
     }
 
     fn delta(index: u32, ids: &[u32], text: &str) -> v1::GenerateResponse {
-        let delta = v1::Delta { index, token_ids: ids.to_vec(), text: text.to_owned() };
+        let delta = v1::Delta {
+            index,
+            token_ids: ids.to_vec(),
+            text: text.to_owned(),
+            ..v1::Delta::default()
+        };
         v1::GenerateResponse { event: Some(Event::Delta(delta)) }
     }
 
@@ -172,6 +181,20 @@ mod tests {
         assert_eq!(cursor.accept(next.clone()), Step::Forward(next));
         assert_eq!(cursor.accept(finished()), Step::Forward(finished()));
         assert_eq!(cursor.ids(), [10, 11, 12, 13]);
+    }
+
+    #[test]
+    fn the_prompt_comes_back_once() {
+        let prompt = v1::Prompt { token_ids: vec![1, 2, 3], text: "abc".to_owned() };
+        let prompt = v1::GenerateResponse { event: Some(Event::Prompt(prompt)) };
+        let mut cursor = Cursor::new(7, Vec::new());
+        cursor.begin_attempt();
+        assert!(matches!(cursor.accept(prompt.clone()), Step::Broken(_)), "before started");
+        cursor.accept(started(7, 3));
+        assert_eq!(cursor.accept(prompt.clone()), Step::Forward(prompt.clone()));
+        cursor.begin_attempt();
+        assert_eq!(cursor.accept(started(7, 3)), Step::Skip);
+        assert_eq!(cursor.accept(prompt), Step::Skip);
     }
 
     #[test]

@@ -316,7 +316,8 @@ async fn perform(worker: &FakeWorker, spec: GenerateSpec, play: Play, messages: 
         let index = u32::try_from(from).unwrap();
         let token_ids = ids[from..].to_vec();
         let text = token_ids.iter().map(|id| text(*id)).collect();
-        send(&messages, Event::Delta(v1::Delta { index, token_ids, text })).await;
+        send(&messages, Event::Delta(v1::Delta { index, token_ids, text, ..v1::Delta::default() }))
+            .await;
     }
     let max_tokens = spec.stop.max_tokens.unwrap_or(DEFAULT_TOKENS);
     loop {
@@ -351,13 +352,15 @@ async fn perform(worker: &FakeWorker, spec: GenerateSpec, play: Play, messages: 
         if matches!(play, Play::Gap { at } if at == index) {
             continue;
         }
-        let delta = v1::Delta { index, token_ids: vec![id], text: text(id) };
+        let delta =
+            v1::Delta { index, token_ids: vec![id], text: text(id), ..v1::Delta::default() };
         send(&messages, Event::Delta(delta)).await;
     }
     let completion_tokens = u32::try_from(ids.len()).unwrap();
     let finished = v1::Finished {
         reason: v1::FinishReason::MaxTokens.into(),
-        usage: Some(v1::Usage { prompt_tokens, completion_tokens }),
+        usage: Some(v1::Usage { prompt_tokens, completion_tokens, ..v1::Usage::default() }),
+        ..v1::Finished::default()
     };
     send(&messages, Event::Finished(finished)).await;
 }

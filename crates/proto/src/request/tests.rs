@@ -32,6 +32,9 @@ fn absent_fields_are_no_overrides() {
             sampling: SamplingSpec::default(),
             stop: StopSpec::default(),
             resume: None,
+            logprobs: None,
+            echo: false,
+            cache_salt: String::new(),
         }
     );
     assert_eq!(spec.seed(), None);
@@ -55,13 +58,22 @@ fn specs_turn_back_into_the_request() {
                 top_k: Some(0),
                 top_p: Some(1.0),
                 seed: Some(u64::MAX),
+                min_p: Some(0.0),
+                repetition_penalty: Some(f32::MIN_POSITIVE),
+                frequency_penalty: Some(-2.0),
+                presence_penalty: Some(2.0),
+                logit_bias: [(0, -100.0), (u32::MAX, 100.0)].into(),
             }),
             stop: Some(v1::Stop {
                 max_tokens: Some(2),
                 strings: vec!["\n\n".to_owned()],
                 ignore_eos: Some(true),
+                token_ids: vec![3, 1],
             }),
             resume: Some(v1::Resume { seed: u64::MAX, token_ids: vec![1, 2] }),
+            logprobs: Some(v1::Logprobs { top: 20 }),
+            echo: Some(true),
+            cache_salt: "tenant".to_owned(),
         };
         let spec = GenerateSpec::try_from(request.clone()).unwrap();
         assert_eq!(spec.seed(), Some(u64::MAX));
@@ -110,11 +122,58 @@ fn sampling_is_bounded() {
 }
 
 #[test]
+fn penalties_and_biases_are_bounded() {
+    let refused_fields = |change: &dyn Fn(&mut v1::Sampling)| {
+        let mut asked = v1::Sampling::default();
+        change(&mut asked);
+        refused(sampling(asked))
+    };
+    for min_p in [-0.1, 1.1, f32::NAN] {
+        let fields = refused_fields(&|s| s.min_p = Some(min_p));
+        assert_eq!(fields, ["sampling.min_p"], "{min_p}");
+    }
+    for penalty in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+        let fields = refused_fields(&|s| s.repetition_penalty = Some(penalty));
+        assert_eq!(fields, ["sampling.repetition_penalty"], "{penalty}");
+    }
+    for penalty in [-2.1, 2.1, f32::NAN, f32::NEG_INFINITY] {
+        let fields = refused_fields(&|s| s.frequency_penalty = Some(penalty));
+        assert_eq!(fields, ["sampling.frequency_penalty"], "{penalty}");
+        let fields = refused_fields(&|s| s.presence_penalty = Some(penalty));
+        assert_eq!(fields, ["sampling.presence_penalty"], "{penalty}");
+    }
+    for bias in [-100.5, 101.0, f32::NAN, f32::INFINITY] {
+        let fields = refused_fields(&|s| s.logit_bias = [(3, 0.0), (7, bias)].into());
+        assert_eq!(fields, ["sampling.logit_bias[7]"], "{bias}");
+    }
+    let biases =
+        |n: u32| move |s: &mut v1::Sampling| s.logit_bias = (0..n).map(|id| (id, 1.0)).collect();
+    let most = u32::try_from(MAX_LOGIT_BIASES).unwrap();
+    assert_eq!(refused_fields(&biases(most + 1)), ["sampling.logit_bias"]);
+    let mut full = v1::Sampling::default();
+    biases(most)(&mut full);
+    assert!(GenerateSpec::try_from(sampling(full)).is_ok());
+}
+
+#[test]
+fn what_else_is_asked_for_is_bounded() {
+    let logprobs = |top| v1::GenerateRequest { logprobs: Some(v1::Logprobs { top }), ..prompt() };
+    assert_eq!(refused(logprobs(MAX_TOP_LOGPROBS + 1)), ["logprobs.top"]);
+    assert_eq!(GenerateSpec::try_from(logprobs(0)).unwrap().logprobs, Some(0));
+    let salted = |length| v1::GenerateRequest { cache_salt: "s".repeat(length), ..prompt() };
+    assert_eq!(refused(salted(MAX_CACHE_SALT_BYTES + 1)), ["cache_salt"]);
+    assert!(GenerateSpec::try_from(salted(MAX_CACHE_SALT_BYTES)).is_ok());
+}
+
+#[test]
 fn stops_are_bounded() {
     assert_eq!(
         refused(stop(v1::Stop { max_tokens: Some(0), ..Default::default() })),
         ["stop.max_tokens"]
     );
+    let tokens = |n| stop(v1::Stop { token_ids: vec![0; n], ..Default::default() });
+    assert_eq!(refused(tokens(MAX_STOP_TOKENS + 1)), ["stop.token_ids"]);
+    assert!(GenerateSpec::try_from(tokens(MAX_STOP_TOKENS)).is_ok());
     let strings = |strings: Vec<String>| stop(v1::Stop { strings, ..Default::default() });
     assert_eq!(refused(strings(vec!["a".to_owned(), String::new()])), ["stop.strings[1]"]);
     assert_eq!(refused(strings(vec!["a".repeat(MAX_STOP_STRING_BYTES + 1)])), ["stop.strings[0]"]);

@@ -259,6 +259,8 @@ impl Computer {
         let open = OpenSequence {
             id: sequence,
             sampling: SamplingParams::greedy(),
+            prompt: Vec::new(),
+            completion: Vec::new(),
             traceparent: String::new(),
             pages: Vec::new(),
         };

@@ -45,12 +45,25 @@ pub(crate) fn step(epoch: u64, frame: StageFrame) -> v1::Step {
 }
 
 fn open(open: OpenSequence) -> v1::OpenSequence {
-    let SamplingParams { temperature, top_k, top_p, seed } = open.sampling;
+    let sampling = open.sampling;
     v1::OpenSequence {
         sequence: open.id.0,
-        sampler: Some(v1::SamplerParameters { temperature, top_k, top_p, seed }),
+        sampler: Some(v1::SamplerParameters {
+            temperature: sampling.temperature,
+            top_k: sampling.top_k,
+            top_p: sampling.top_p,
+            seed: sampling.seed,
+            min_p: sampling.min_p,
+            repetition_penalty: sampling.repetition_penalty,
+            frequency_penalty: sampling.frequency_penalty,
+            presence_penalty: sampling.presence_penalty,
+            logit_bias: sampling.logit_bias,
+            top_logprobs: None,
+        }),
         traceparent: open.traceparent,
         pages: pages(open.pages),
+        prompt_ids: open.prompt,
+        completion_ids: open.completion,
     }
 }
 
@@ -91,18 +104,30 @@ pub(crate) fn read_step(message: v1::Step) -> Result<StageFrame, WireError> {
 }
 
 fn read_open(step: u64, open: v1::OpenSequence) -> Result<OpenSequence, WireError> {
-    let v1::OpenSequence { sequence, sampler, traceparent, pages } = open;
-    let usable = |sampler: &v1::SamplerParameters| {
-        sampler.temperature.is_finite()
-            && sampler.temperature >= 0.0
-            && sampler.top_p > 0.0
-            && sampler.top_p <= 1.0
-    };
-    let v1::SamplerParameters { temperature, top_k, top_p, seed } =
-        sampler.filter(usable).ok_or(WireError::Sampler { step, sequence })?;
-    let sampling = SamplingParams { temperature, top_k, top_p, seed };
-    let pages = read_pages(pages);
-    Ok(OpenSequence { id: SequenceId(sequence), sampling, traceparent, pages })
+    let v1::OpenSequence { sequence, sampler, traceparent, pages, prompt_ids, completion_ids } =
+        open;
+    let sampling = sampler
+        .map(|sampler| SamplingParams {
+            temperature: sampler.temperature,
+            top_k: sampler.top_k,
+            top_p: sampler.top_p,
+            seed: sampler.seed,
+            min_p: sampler.min_p,
+            repetition_penalty: sampler.repetition_penalty,
+            frequency_penalty: sampler.frequency_penalty,
+            presence_penalty: sampler.presence_penalty,
+            logit_bias: sampler.logit_bias,
+        })
+        .filter(SamplingParams::are_usable)
+        .ok_or(WireError::Sampler { step, sequence })?;
+    Ok(OpenSequence {
+        id: SequenceId(sequence),
+        sampling,
+        traceparent,
+        pages: read_pages(pages),
+        prompt: prompt_ids,
+        completion: completion_ids,
+    })
 }
 
 fn read_run(run: v1::Run) -> Run {
@@ -131,10 +156,11 @@ pub(crate) fn result(epoch: u64, result: StepResult) -> v1::StepResult {
             v1::run_result::Outcome::Failure(Reason::NonFinite.as_str().to_owned())
         }
     };
-    let results = result
-        .results
-        .into_iter()
-        .map(|run| v1::RunResult { sequence: run.sequence.0, outcome: Some(outcome(run.outcome)) });
+    let results = result.results.into_iter().map(|run| v1::RunResult {
+        sequence: run.sequence.0,
+        outcome: Some(outcome(run.outcome)),
+        logprobs: None,
+    });
     v1::StepResult { epoch, step: result.step, results: results.collect() }
 }
 
@@ -166,7 +192,17 @@ mod tests {
     use super::*;
 
     fn frame() -> StageFrame {
-        let sampling = SamplingParams { temperature: 0.7, top_k: 3, top_p: 0.9, seed: u64::MAX };
+        let sampling = SamplingParams {
+            temperature: 0.7,
+            top_k: 3,
+            top_p: 0.9,
+            seed: u64::MAX,
+            min_p: 0.1,
+            repetition_penalty: 1.1,
+            frequency_penalty: -0.5,
+            presence_penalty: 1.5,
+            logit_bias: [(3, -100.0), (9, 0.25)].into(),
+        };
         let run = |sequence, rows, output| Run {
             sequence: SequenceId(sequence),
             position: 5,
@@ -182,6 +218,8 @@ mod tests {
                     sampling,
                     traceparent: "00-aa-bb-01".to_owned(),
                     pages: vec![PageId(7)],
+                    prompt: vec![5, 0],
+                    completion: vec![8],
                 }],
                 close: vec![SequenceId(0)],
                 runs: vec![
@@ -238,6 +276,11 @@ mod tests {
         assert_eq!(spoil(|sampler| sampler.temperature = f32::NAN), Err(unusable));
         assert!(spoil(|sampler| sampler.temperature = -1.0).is_err());
         assert!(spoil(|sampler| sampler.top_p = 0.0).is_err());
+        assert!(spoil(|sampler| sampler.min_p = 1.5).is_err());
+        assert!(spoil(|sampler| sampler.repetition_penalty = 0.0).is_err());
+        assert!(spoil(|sampler| sampler.frequency_penalty = f32::INFINITY).is_err());
+        assert!(spoil(|sampler| sampler.presence_penalty = f32::NAN).is_err());
+        assert!(spoil(|sampler| *sampler.logit_bias.get_mut(&3).unwrap() = f32::NAN).is_err());
         let mut without = step(1, frame());
         without.open[0].sampler = None;
         assert!(read_step(without).is_err());
@@ -245,7 +288,7 @@ mod tests {
         let failed = |outcome| v1::StepResult {
             epoch: 1,
             step: 2,
-            results: vec![v1::RunResult { sequence: 3, outcome }],
+            results: vec![v1::RunResult { sequence: 3, outcome, logprobs: None }],
         };
         let empty = WireError::Outcome { step: 2, sequence: 3 };
         assert_eq!(read_result(failed(None)), Err(empty));

@@ -88,12 +88,18 @@ async fn frames_that_do_not_belong_end_the_link() {
         pages: vec![u32::try_from(sequence - 1).unwrap()],
         output: Some(v1::run::Output::Sample(v1::SampleOutput {})),
     };
-    let sampler = v1::SamplerParameters { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 };
+    let sampler = v1::SamplerParameters {
+        top_p: 1.0,
+        repetition_penalty: 1.0,
+        ..v1::SamplerParameters::default()
+    };
     let opened = |sequence, pages| v1::OpenSequence {
         sequence,
-        sampler: Some(sampler),
+        sampler: Some(sampler.clone()),
         traceparent: String::new(),
         pages,
+        prompt_ids: Vec::new(),
+        completion_ids: Vec::new(),
     };
     let good = v1::Step {
         epoch: 2,

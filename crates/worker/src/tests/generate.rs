@@ -21,7 +21,7 @@ async fn a_request_is_answered_from_started_to_finished() {
     text.push_str(&decoder.finish());
     assert_eq!(answer.text, text);
     assert_eq!(answer.finished.reason(), FinishReason::MaxTokens);
-    let usage = v1::Usage { prompt_tokens, completion_tokens: 40 };
+    let usage = v1::Usage { prompt_tokens, completion_tokens: 40, ..v1::Usage::default() };
     assert_eq!(answer.finished.usage, Some(usage));
 
     let ids = v1::TokenIds { ids: prompt };

@@ -196,6 +196,7 @@ async fn drain(
                 got.ids.extend(delta.token_ids);
                 got.text.push_str(&delta.text);
             }
+            Ok(Event::Prompt(prompt)) => panic!("nobody asked for {prompt:?}"),
             Ok(Event::Finished(finished)) => got.finished = Some(finished),
             Err(status) => got.error = Some(status),
         }
@@ -213,7 +214,7 @@ impl Got {
         let texts: String = ids[given..].iter().map(|id| text(*id)).collect();
         assert_eq!(self.text, texts);
         assert_eq!(self.started.as_ref().unwrap().seed, seed);
-        let usage = self.finished.unwrap().usage.unwrap();
+        let usage = self.finished.as_ref().unwrap().usage.unwrap();
         assert_eq!(usize::try_from(usage.completion_tokens).unwrap(), tokens);
         assert_eq!(usize::try_from(usage.prompt_tokens).unwrap(), PROMPT.len());
     }

@@ -271,7 +271,7 @@ async fn rest(stream: &mut super::bench::Responses) -> Vec<u32> {
         match read(stream).await {
             Event::Delta(delta) => ids.extend(delta.token_ids),
             Event::Finished(_) => return ids,
-            Event::Started(started) => panic!("started again: {started:?}"),
+            event => panic!("neither a delta nor the end: {event:?}"),
         }
     }
 }

@@ -65,8 +65,10 @@ fn block_q4_0(block: &[u8; q4_0::BYTES], out: &mut [f32; q4_0::WEIGHTS]) {
     let scale = f16_to_f32(u16::from_le_bytes([block[0], block[1]]));
     let (low, high) = out.split_at_mut(q4_0::WEIGHTS / 2);
     for (codes, (low, high)) in block[2..].iter().zip(low.iter_mut().zip(high)) {
-        *low = scale * f32::from((codes & 15).cast_signed() - q4_0::ZERO);
-        *high = scale * f32::from((codes >> 4).cast_signed() - q4_0::ZERO);
+        let weight = |code: u8| scale * f32::from(code.cast_signed() - q4_0::ZERO);
+        // As for Q6_K: -0 becomes +0.
+        *low = weight(codes & 15) + 0.0;
+        *high = weight(codes >> 4) + 0.0;
     }
 }
 

@@ -1,14 +1,14 @@
 //! Attention: the keys and values of a block are read once for several heads.
 
 use std::arch::x86_64::{
-    __m128, _mm_mul_ps, _mm_set1_ps, _mm_storeu_ps, _mm256_fmadd_ps, _mm256_max_ps, _mm256_mul_ps,
-    _mm256_set1_ps, _mm256_sub_ps,
+    __m128, _mm_fmadd_ps, _mm_mul_ps, _mm_set1_ps, _mm_setzero_ps, _mm256_fmadd_ps, _mm256_max_ps,
+    _mm256_mul_ps, _mm256_set1_ps, _mm256_sub_ps,
 };
 
 use super::{
     exp::exp_lanes,
     lanes::{self, Lanes, fold_four, halves, halves_mut},
-    memory::{load, store},
+    memory::{load, load_four, store, store_four},
 };
 use crate::{
     AttentionScratch, BLOCK_POSITIONS, LANES,
@@ -61,12 +61,6 @@ fn score(q: &[f32], keys: &[f32], shape: Shape, live: usize, scores: &mut [f32])
         let q = &q[head * head_dim..][..head_dim];
         let scores = &mut scores[head * BLOCK_POSITIONS..][..live];
         let keys = &keys[..live * head_dim];
-        if !head_dim.is_multiple_of(LANES) {
-            for (score, key) in scores.iter_mut().zip(keys.chunks_exact(head_dim)) {
-                *score = lanes::dot(q, key) * scale;
-            }
-            continue;
-        }
         let (fours, rest) = scores.as_chunks_mut::<4>();
         let (four_keys, rest_keys) = keys.split_at(fours.len() * 4 * head_dim);
         for (scores, keys) in fours.iter_mut().zip(four_keys.chunks_exact(4 * head_dim)) {
@@ -79,16 +73,15 @@ fn score(q: &[f32], keys: &[f32], shape: Shape, live: usize, scores: &mut [f32])
     }
 }
 
-/// Returns the products of a query with four consecutive keys, whose length is whole registers.
+/// Returns the products of a query with four consecutive keys.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
 fn dot_four(q: &[f32], keys: &[f32]) -> __m128 {
-    let (q, _) = q.as_chunks::<LANES>();
-    let (keys, _) = keys.as_chunks::<LANES>();
-    let chunks = q.len();
-    let (a, keys) = keys.split_at(chunks);
-    let (b, keys) = keys.split_at(chunks);
-    let (c, d) = keys.split_at(chunks);
+    let (a, rest) = keys.split_at(q.len());
+    let (b, rest) = rest.split_at(q.len());
+    let (c, d) = rest.split_at(q.len());
+    let (q, q_tail) = q.as_chunks::<LANES>();
+    let [(a, a_tail), (b, b_tail), (c, c_tail), (d, d_tail)] = [a, b, c, d].map(<[f32]>::as_chunks);
     let mut sums = [Lanes::zero(); 4];
     for ((((q, a), b), c), d) in q.iter().zip(a).zip(b).zip(c).zip(d) {
         let q = halves(q);
@@ -99,14 +92,12 @@ fn dot_four(q: &[f32], keys: &[f32]) -> __m128 {
             sum.high = _mm256_fmadd_ps(high, load(key.1), sum.high);
         }
     }
+    if !q_tail.is_empty() {
+        for (sum, tail) in sums.iter_mut().zip([a_tail, b_tail, c_tail, d_tail]) {
+            *sum = sum.add_tail(q_tail, tail);
+        }
+    }
     fold_four(sums)
-}
-
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
-fn store_four(out: &mut [f32; 4], values: __m128) {
-    // SAFETY: the reference is valid for 16 bytes; the store needs no alignment.
-    unsafe { _mm_storeu_ps(out.as_mut_ptr(), values) }
 }
 
 /// Turns the scores of a block into weights and makes the head's sums ready for its values.
@@ -192,8 +183,25 @@ fn add_values_of<const H: usize>(
             store(high, open.high);
         }
     }
+    let fours = whole + (head_dim - whole) / 4 * 4;
+    for at in (whole..fours).step_by(4) {
+        let mut open = [_mm_setzero_ps(); H];
+        for (head, open) in open.iter_mut().enumerate() {
+            *open = load_four(four(&sums[head * head_dim..], at));
+        }
+        for (position, value) in values.chunks_exact(head_dim).enumerate() {
+            let value = load_four(four(value, at));
+            for (open, row) in open.iter_mut().zip(rows) {
+                *open = _mm_fmadd_ps(_mm_set1_ps(row[position]), value, *open);
+            }
+        }
+        for (head, open) in open.into_iter().enumerate() {
+            let Some(sums) = sums[head * head_dim + at..].first_chunk_mut() else { continue };
+            store_four(sums, open);
+        }
+    }
     for (head, row) in rows.into_iter().enumerate() {
-        for at in whole..head_dim {
+        for at in fours..head_dim {
             let sum = &mut sums[head * head_dim + at];
             for (weight, value) in row.iter().zip(values.chunks_exact(head_dim)) {
                 *sum = weight.mul_add(value[at], *sum);
@@ -207,6 +215,12 @@ fn add_values_of<const H: usize>(
 #[inline]
 fn sixteen(x: &[f32], at: usize) -> &[f32; LANES] {
     x[at..].first_chunk().expect("`at` steps by 16 below a multiple of 16")
+}
+
+/// Returns the four numbers from `at`.
+#[inline]
+fn four(x: &[f32], at: usize) -> &[f32; 4] {
+    x[at..].first_chunk().expect("`at` steps by 4 below a multiple of 4")
 }
 
 /// Adds a finished segment to the total.

@@ -2,13 +2,13 @@
 
 use std::arch::x86_64::{
     __m128, __m256, _mm_add_ps, _mm_cvtss_f32, _mm_movehl_ps, _mm_movelh_ps, _mm_shuffle_ps,
-    _mm256_add_ps, _mm256_castps256_ps128, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_set1_ps,
-    _mm256_setzero_ps, _mm256_sub_ps,
+    _mm256_add_ps, _mm256_blendv_ps, _mm256_castps256_ps128, _mm256_castsi256_ps,
+    _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_sub_ps,
 };
 
 use super::{
     exp::exp_lanes,
-    memory::{load, store},
+    memory::{first_lanes, load, load_some, store},
 };
 use crate::{
     LANES,
@@ -50,12 +50,30 @@ impl Lanes {
         _mm_cvtss_f32(one)
     }
 
+    /// Adds the products of what remains of two rows: fewer numbers than there are lanes.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
+    pub(super) fn add_tail(self, a: &[f32], b: &[f32]) -> Self {
+        let (a, a_high) = a.split_at(a.len().min(8));
+        let (b, b_high) = b.split_at(a.len());
+        Self { low: add_some(self.low, a, b), high: add_some(self.high, a_high, b_high) }
+    }
+
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
     fn fold_to_four(self) -> __m128 {
         let eight = _mm256_add_ps(self.low, self.high);
         _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight))
     }
+}
+
+/// Adds the products of up to eight numbers; the lanes behind them stay as they are, to the sign of
+/// a zero.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
+fn add_some(sum: __m256, a: &[f32], b: &[f32]) -> __m256 {
+    let added = _mm256_fmadd_ps(load_some(a), load_some(b), sum);
+    _mm256_blendv_ps(sum, added, _mm256_castsi256_ps(first_lanes(a.len())))
 }
 
 /// Folds four sums at once; the same additions as four times [`Lanes::fold`].
@@ -97,14 +115,7 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
         sum.low = _mm256_fmadd_ps(load(a.0), load(b.0), sum.low);
         sum.high = _mm256_fmadd_ps(load(a.1), load(b.1), sum.high);
     }
-    if a_tail.is_empty() {
-        return sum.fold();
-    }
-    let mut sums = sum.to_array();
-    for ((a, b), sum) in a_tail.iter().zip(b_tail).zip(&mut sums) {
-        *sum = a.mul_add(*b, *sum);
-    }
-    lanes::fold(sums)
+    if a_tail.is_empty() { sum.fold() } else { sum.add_tail(a_tail, b_tail).fold() }
 }
 
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]

@@ -1,13 +1,13 @@
 //! Products with a few tokens: rows are read once and never stored dequantised.
 
-use std::arch::x86_64::{__m256, _mm256_fmadd_ps, _mm256_mul_ps, _mm256_set1_ps};
+use std::arch::x86_64::{__m256, _mm256_fmadd_ps};
 
 use super::{
     super::{
         lanes::{Lanes, halves},
         memory::{load, load_half, prefetch_piece},
     },
-    decode::{SMALL_BLOCK, bf16, f16, int8, split},
+    decode::{SMALL_BLOCK, bf16, block_scale, f16, sixteen},
     q6_k::{self, Factors},
 };
 use crate::{
@@ -174,12 +174,9 @@ fn small_blocks<const BYTES: usize, const R: usize, const T: usize>(
             prefetch_piece::<BYTES>(rows[0], R, R * i + r);
         }
         for r in 0..R {
-            let (scale, values) = split(&blocks[r][i]);
-            let scale = _mm256_set1_ps(scale);
-            for (chunk, values) in values.as_chunks().0.as_chunks::<2>().0.iter().enumerate() {
-                // The products with the scale are exact.
-                let low = _mm256_mul_ps(int8(&values[0]), scale);
-                let high = _mm256_mul_ps(int8(&values[1]), scale);
+            let scale = block_scale(&blocks[r][i]);
+            for chunk in 0..SMALL_BLOCK / LANES {
+                let [low, high] = sixteen(&blocks[r][i], scale, chunk);
                 for t in 0..T {
                     let x = halves(&x[t][i].as_chunks().0[chunk]);
                     let sum = &mut sums[r][t];

@@ -19,6 +19,6 @@ pub use self::{
     grammar::{Constraint, Grammar, GrammarError, Grammars, TokenMask},
     prefix::PageName,
     stream::{Piece, StreamDecoder},
-    template::{ChatMessage, ChatTemplate, TemplateError},
+    template::{ChatMessage, ChatTemplate, TemplateError, TemplateVariables},
     tokenizer::{SpecialTokens, TokenType, Tokenizer, TokenizerError, TokenizerSource, Vocabulary},
 };

@@ -5,13 +5,17 @@
 //! `strftime_now`. A template is part of a downloaded model, so its work is bounded here.
 
 mod clock;
+mod generation;
 mod json;
+mod variables;
 
-use std::{error::Error as _, fmt};
+use std::{collections::BTreeMap, error::Error as _, fmt};
 
-use minijinja::{Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig};
+use minijinja::{Environment, Error, ErrorKind, Value, syntax::SyntaxConfig};
 
 use self::clock::Clock;
+
+pub use self::variables::TemplateVariables;
 
 /// One message of a conversation.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -39,6 +43,12 @@ pub enum TemplateError {
         /// The line, from 1.
         line: usize,
         /// What is wrong there.
+        reason: String,
+    },
+    /// The variables for the template are not usable: the request's fault.
+    #[error("the variables of the chat template are not usable: {reason}")]
+    Variables {
+        /// What is wrong.
         reason: String,
     },
     /// The template refuses these messages with `raise_exception`: the request's fault.
@@ -83,22 +93,45 @@ impl ChatTemplate {
         messages: &[ChatMessage],
         add_generation_prompt: bool,
     ) -> Result<String, TemplateError> {
+        self.render_with(messages, add_generation_prompt, &TemplateVariables::default())
+    }
+
+    /// Renders a conversation with variables of the request, such as `enable_thinking` or `tools`.
+    ///
+    /// # Errors
+    /// The template refuses the messages, fails on them or does not end.
+    pub fn render_with(
+        &self,
+        messages: &[ChatMessage],
+        add_generation_prompt: bool,
+        variables: &TemplateVariables,
+    ) -> Result<String, TemplateError> {
         let value = |message: &ChatMessage| {
             Value::from_pairs([("role", &message.role), ("content", &message.content)])
         };
-        let variables = context! {
-            messages => messages.iter().map(value).collect::<Vec<Value>>(),
-            add_generation_prompt,
-            bos_token => &self.bos,
-            eos_token => &self.eos,
-        };
+        let mut context = BTreeMap::from([
+            // transformers always passes these two, so templates find them defined.
+            ("tools", Value::from(())),
+            ("documents", Value::from(())),
+            ("bos_token", Value::from(&self.bos)),
+            ("eos_token", Value::from(&self.eos)),
+        ]);
+        context.extend(variables.iter());
+        context.insert("messages", messages.iter().map(value).collect());
+        context.insert("add_generation_prompt", add_generation_prompt.into());
+        let fuel = fuel(messages, variables);
         // An environment has one budget for all renderings, and a copy is cheap.
         let mut environment = self.environment.clone();
-        environment.set_fuel(Some(fuel(messages)));
-        environment
-            .get_template(NAME)
-            .and_then(|template| template.render(variables))
-            .map_err(TemplateError::from)
+        environment.set_fuel(Some(fuel));
+        // Values that a template nests are dropped, compared and written level by level on the
+        // stack; this one is as deep as the fuel lets them become, and untouched pages cost nothing.
+        let stack = usize::try_from(fuel).unwrap_or(usize::MAX).saturating_mul(STACK_PER_FUEL);
+        stacker::maybe_grow(stack, stack, || {
+            environment
+                .get_template(NAME)
+                .and_then(|template| template.render(Value::from(context)))
+                .map_err(TemplateError::from)
+        })
     }
 
     fn with_clock(source: &str, bos: &str, eos: &str, clock: Clock) -> Result<Self, TemplateError> {
@@ -115,7 +148,7 @@ impl ChatTemplate {
                 .with_source(Raised(reason)))
         });
         environment.add_function("strftime_now", move |format: String| clock.format(&format));
-        environment.add_template_owned(NAME, source.to_owned())?;
+        environment.add_template_owned(NAME, generation::without(source))?;
         Ok(Self { environment, bos: bos.to_owned(), eos: eos.to_owned() })
     }
 }
@@ -152,10 +185,11 @@ impl From<Error> for TemplateError {
 }
 
 /// Returns what the rendering of these messages may cost.
-fn fuel(messages: &[ChatMessage]) -> u64 {
+fn fuel(messages: &[ChatMessage], variables: &TemplateVariables) -> u64 {
     let bytes: usize = messages.iter().map(|m| m.role.len() + m.content.len()).sum();
+    let bytes = (bytes + variables.bytes()) as u64;
     let messages = messages.len() as u64;
-    FUEL + messages * FUEL_PER_MESSAGE + bytes as u64 / BYTES_PER_FUEL * PASSES
+    (FUEL + messages * FUEL_PER_MESSAGE + bytes / BYTES_PER_FUEL * PASSES).min(MAX_FUEL)
 }
 
 /// The argument of `raise_exception`, on its way out of the template engine.
@@ -166,13 +200,16 @@ struct Raised(String);
 /// The name the only template goes by inside its environment.
 const NAME: &str = "chat_template";
 /// What any rendering may cost: one for an instruction and for 64 bytes handled. Elaborate templates
-/// take a few thousand before the first message. A template that means harm gets 1 MB out of it, and
-/// 2,500 levels of nested values, few enough for dropping them not to overflow a thread's stack.
+/// take a few thousand before the first message. A template that means harm gets 1 MB out of it.
 const FUEL: u64 = 20_000;
 /// What each message adds; elaborate templates take some tens.
 const FUEL_PER_MESSAGE: u64 = 500;
 /// How often the template may handle each byte of the messages.
 const PASSES: u64 = 16;
+/// What any conversation may cost at most: 8 MB of text, more than any context holds.
+const MAX_FUEL: u64 = 2_000_000;
+/// Bytes of stack for one fuel. Nesting a value one level deeper costs eight.
+const STACK_PER_FUEL: usize = 128;
 /// What the engine charges one fuel for.
 const BYTES_PER_FUEL: u64 = 64;
 /// How deeply macros may call each other; real templates need fewer than ten levels.

@@ -41,13 +41,40 @@ fn python_spellings_work() {
             "-system",
         ),
         (
-            "{{ messages[0].tool_calls is defined }}{{ tools is defined }}{{ missing }}",
-            "FalseFalse",
+            "{{ messages[0].tool_calls is defined }}{{ tools is none }}{{ documents is none }}{{ missing }}",
+            "FalseTrueTrue",
         ),
         ("{{ 'a' ~ (1 + 1) }}{{ 'b' in 'abc' }}{{ none }}", "a2TrueNone"),
         ("{{ strftime_now('%d %b %Y') }}", "01 Aug 2025"),
     ] {
         assert_eq!(render(source).unwrap(), expected, "{source}");
+    }
+}
+
+#[test]
+fn requests_bring_variables() {
+    let template = ChatTemplate::new(
+        "{{ thinking }} {{ tools | tojson }} {{ bos_token }} {{ messages | length }}",
+        "<s>",
+        "",
+    )
+    .unwrap();
+    let render = |json: &str| {
+        let variables = TemplateVariables::from_json(json)?;
+        template.render_with(&[message("user", "a")], true, &variables)
+    };
+    let json =
+        r#"{"thinking": false, "tools": [{"z": 1, "a": {"y": null, "b": 2.0}}], "bos_token": "B"}"#;
+    assert_eq!(render(json).unwrap(), r#"False [{"z": 1, "a": {"y": null, "b": 2.0}}] B 1"#);
+    assert_eq!(render("{}").unwrap(), " null <s> 1");
+    for (json, expected) in [
+        ("[]", "found a sequence, expected an object"),
+        ("{", "EOF while parsing an object at line 1 column 1"),
+        (r#"{"messages": []}"#, "`messages` is set by the conversation: leave it out"),
+        (&"[".repeat(100_000), "recursion limit exceeded at line 1 column 128"),
+    ] {
+        let error = render(json).unwrap_err().to_string();
+        assert_eq!(error, format!("the variables of the chat template are not usable: {expected}"));
     }
 }
 
@@ -108,6 +135,13 @@ fn hostile_templates_end() {
     let deep = "{% set n = namespace(s=[1]) %}{% for i in range(200) %}{% set n.s = [n.s] %}{% endfor %}{{ n.s | tojson }}";
     let error = render(deep).unwrap_err().to_string();
     assert!(error.contains("nested too deeply"), "{error}");
+    // A long conversation pays for much nesting, which is dropped level by level.
+    let long: Vec<ChatMessage> = (0..2_000).map(|_| message("user", "hi")).collect();
+    let source = "{% set n = namespace(s=[1]) %}{% for i in range(90000) %}{% set n.s = [n.s] %}{% endfor %}";
+    let template = ChatTemplate::new(source, "", "").unwrap();
+    let thread = std::thread::Builder::new().stack_size(1 << 20);
+    let rendered = thread.spawn(move || template.render(&long, true)).unwrap().join().unwrap();
+    assert!(matches!(rendered, Ok(_) | Err(TemplateError::Endless { .. })), "{rendered:?}");
     let recursion = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}";
     assert!(matches!(render(recursion), Err(TemplateError::Failed { line: 1, .. })));
 }

@@ -15,7 +15,7 @@ use tercet_worker::{ModelSource, ModelSpec};
 
 use self::values::{byte_size, duration, fraction, layers, served_model, temperature};
 pub(crate) use self::{
-    model::{ModelAction, ModelCommand, WorkerAddress},
+    model::{ModelAction, ModelCommand, PullArgs, WorkerAddress},
     values::{ByteSize, Layers, ServedModel},
 };
 use crate::{failure::misconfigured, profile::Profile};

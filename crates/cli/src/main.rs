@@ -16,6 +16,7 @@ mod output;
 mod process;
 mod profile;
 mod progress;
+mod pull;
 mod remote;
 mod servers;
 mod settings;

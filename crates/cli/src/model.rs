@@ -22,7 +22,7 @@ use crate::{
     output::{print, print_line},
     process::{self, Identity},
     progress::Line,
-    remote,
+    pull, remote,
 };
 
 /// Runs `tercet model`.
@@ -81,6 +81,7 @@ pub(crate) fn run(action: &ModelAction, log: &LogArgs) -> Result<()> {
             };
             written(&args.out, |progress| synth::write(&options, &args.out, progress))?;
         }
+        ModelAction::Pull(args) => pull::run(args)?,
         ModelAction::Load { path, name, kv, server } => {
             let load = || remote::load(server, path, name.as_deref(), *kv);
             process::run(Identity::client(), log, load)?;

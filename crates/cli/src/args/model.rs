@@ -9,6 +9,7 @@ use super::{
     DEFAULT_ADDRESS,
     values::{ByteSize, byte_size, duration},
 };
+use crate::pull::Repository;
 
 /// `tercet model`.
 #[derive(Args, Debug)]
@@ -55,6 +56,8 @@ pub(crate) enum ModelAction {
     },
     /// Make up a model of a known shape, to measure with
     Synth(SynthArgs),
+    /// Download a model from a hub, going on where an earlier pull ended
+    Pull(PullArgs),
     /// Load a model into a running server
     Load {
         /// GGUF file or Hugging Face folder, below the --model-dir of the server
@@ -95,6 +98,24 @@ pub(crate) struct WorkerAddress {
     /// A `tercet serve` or a `tercet worker`; a gateway has no models of its own
     #[arg(long, env = "TERCET_CONNECT", value_name = "HOST:PORT", default_value = DEFAULT_ADDRESS)]
     pub(crate) connect: String,
+}
+
+/// `tercet model pull`.
+#[derive(Args, Debug)]
+pub(crate) struct PullArgs {
+    /// Repository and revision, such as microsoft/bitnet-b1.58-2B-4T or owner/name@v1.0
+    #[arg(value_name = "REPO[@REVISION]")]
+    pub(crate) repository: Repository,
+    /// Folder to write to [default: the repository's name, in the current folder]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+    /// Files to download instead of the usual ones, such as *TQ2_0.gguf; a * stands for any text
+    #[arg(long, value_name = "PATTERN")]
+    pub(crate) file: Option<String>,
+    /// The hub. A token is taken from the environment variable HF_TOKEN, or from where the hub's
+    /// own programs keep it, and sent to this hub alone
+    #[arg(long, env = "HF_ENDPOINT", value_name = "URL", default_value = "https://huggingface.co")]
+    pub(crate) endpoint: String,
 }
 
 /// `tercet model synth`.

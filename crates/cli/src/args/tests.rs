@@ -90,6 +90,7 @@ fn the_fixed_spellings_parse() {
         "bench --model m --threads 2 --prompt 8 --generate 8 --batch 2 --json",
         "model inspect m --json",
         "model convert a b --force --type tq1_0 --lora l",
+        "model pull o/n@v1 --out d --file *.gguf --endpoint http://127.0.0.1:1",
         "model synth --shape bitnet-2b-4t --type i2_s --head q6_k --seed 1 --out f",
         "--log debug serve",
         "serve --log-format json",

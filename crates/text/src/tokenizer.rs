@@ -75,6 +75,12 @@ impl Tokenizer {
     /// The most ids a vocabulary may have; the largest known ones have about 260 thousand.
     pub const MAX_IDS: usize = 1 << 22;
 
+    /// The most characters in a row, all of them white space or none, that a text may have.
+    ///
+    /// A pre-tokenizer's expression stops matching, without an error, after a million steps back
+    /// in one match, and a match goes no further than two such stretches.
+    pub const MAX_STRETCH: usize = 1 << 17;
+
     /// Builds the tokenizer of a model.
     ///
     /// # Errors
@@ -115,7 +121,7 @@ impl Tokenizer {
     /// The text of a special token inside the prompt becomes that token, as in `transformers`.
     ///
     /// # Errors
-    /// The pre-tokenizer's expression gave up on this text.
+    /// The tokenizer gave up on this text, or would.
     pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
         let mut ids = self.encode(text, true)?;
         if let Some(bos) = self.special.bos
@@ -131,7 +137,7 @@ impl Tokenizer {
     /// template has not put it there.
     ///
     /// # Errors
-    /// The pre-tokenizer's expression gave up on this text.
+    /// The tokenizer gave up on this text, or would.
     pub fn encode_chat(&self, rendered: &str) -> Result<Vec<u32>, TokenizerError> {
         let mut ids = self.encode(rendered, false)?;
         if let Some(bos) = self.special.bos
@@ -195,6 +201,10 @@ impl Tokenizer {
     }
 
     fn encode(&self, text: &str, post_process: bool) -> Result<Vec<u32>, TokenizerError> {
+        let characters = longest_stretch(text);
+        if characters > Self::MAX_STRETCH {
+            return Err(TokenizerError::LongStretch { characters });
+        }
         let encoding = match &self.inner {
             Inner::Library(inner) => inner.encode_fast(text, post_process),
             Inner::Pieces(inner) => inner.encode_fast(text, post_process),
@@ -203,6 +213,20 @@ impl Tokenizer {
             .map(|encoding| encoding.get_ids().to_vec())
             .map_err(|error| TokenizerError::Encode { reason: error.to_string() })
     }
+}
+
+/// Returns the most characters in a row that are all white space or all not.
+fn longest_stretch(text: &str) -> usize {
+    let (mut longest, mut current, mut white) = (0, 0, false);
+    for c in text.chars() {
+        if c.is_whitespace() != white {
+            white = !white;
+            current = 0;
+        }
+        current += 1;
+        longest = longest.max(current);
+    }
+    longest
 }
 
 impl fmt::Debug for Tokenizer {

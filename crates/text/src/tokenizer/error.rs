@@ -4,7 +4,8 @@ use super::{Tokenizer, pre};
 
 /// Why a tokenizer could not be built or used.
 ///
-/// All but [`Encode`](Self::Encode) are the model file's fault.
+/// All but [`Encode`](Self::Encode), [`LongStretch`](Self::LongStretch) and
+/// [`UnknownId`](Self::UnknownId) are the model file's fault.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TokenizerError {
@@ -126,6 +127,16 @@ pub enum TokenizerError {
         id: u32,
         /// The number of ids, gaps included.
         ids: usize,
+    },
+    /// A text has nowhere to cut it for too long.
+    #[error(
+        "the text has {characters} characters in a row that are all white space or all not: \
+         expected at most {}, break it up",
+        Tokenizer::MAX_STRETCH
+    )]
+    LongStretch {
+        /// The length of the stretch.
+        characters: usize,
     },
     /// The tokenizer gave up on a text.
     #[error("the text cannot be tokenized: {reason}")]

@@ -152,4 +152,17 @@ mod tests {
         assert_eq!(cut("gpt-2"), "We|'|LL| pay| | (|12345|)|\n|\n|now");
         assert_eq!(cut("default"), "We|'|LL| pay|  |(|123|45|)|\n|\n|now");
     }
+
+    /// The expressions give up without a word after a million steps back; the longest stretch that
+    /// is let through must stay clear of that.
+    #[test]
+    fn the_longest_stretch_is_cut_to_its_end() {
+        let longest = crate::Tokenizer::MAX_STRETCH;
+        for name in ["llama-bpe", "qwen2", "gpt-2", "falcon"] {
+            for (unit, then) in [(" ", "x"), ("\n", "x"), ("!", " x"), ("a", " x")] {
+                let cut = pieces(name, &(unit.repeat(longest) + then));
+                assert_eq!(cut.last().unwrap().trim(), "x", "{name} {unit:?}");
+            }
+        }
+    }
 }

@@ -178,6 +178,27 @@ fn token_types_decide_recognition_and_text() {
 }
 
 #[test]
+fn texts_without_a_place_to_cut_are_refused() {
+    let tokenizer = build(small()).unwrap();
+    let limit = Tokenizer::MAX_STRETCH;
+    let words = ("ab".repeat(limit / 2) + "\n").repeat(3);
+    assert!(tokenizer.encode_prompt(&words).is_ok());
+    for text in
+        ["a".repeat(limit + 1), format!("a{}b", " ".repeat(limit + 1)), "é".repeat(limit + 1)]
+    {
+        let error = tokenizer.encode_prompt(&text).unwrap_err();
+        assert!(
+            matches!(error, TokenizerError::LongStretch { characters } if characters == limit + 1)
+        );
+        assert_eq!(
+            error.to_string(),
+            "the text has 131073 characters in a row that are all white space or all not: \
+             expected at most 131072, break it up"
+        );
+    }
+}
+
+#[test]
 fn bos_must_exist() {
     let source = TokenizerSource::Vocabulary(small());
     let special = |bos, add_bos| SpecialTokens { bos, eos: vec![3], add_bos };

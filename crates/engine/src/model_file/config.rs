@@ -1,5 +1,7 @@
 //! The shape of a model, and the checks every source of it goes through.
 
+use std::ops::RangeInclusive;
+
 use serde::Serialize;
 
 use super::error::ModelError;
@@ -21,6 +23,13 @@ const MAX_VOCAB: usize = 1 << 22;
 const MAX_CONTEXT: usize = 1 << 24;
 /// Upper bound for one attention head's width.
 const MAX_HEAD_DIM: usize = 1 << 12;
+/// Bounds of the rotary base; the largest in use is a hundred million. Below 1, angles would grow
+/// with the dimension, and at 1 be equal.
+const ROPE_THETA: RangeInclusive<f32> = 1.001..=1e15;
+/// Bounds of the numbers of a rotary scaling: beyond them, angles overflow or vanish.
+const ROPE_FACTOR: RangeInclusive<f32> = 1e-3..=1e6;
+/// Bounds of the epsilon of RMS norms; 0 would divide by zero where all is zero.
+const RMS_EPS: RangeInclusive<f32> = f32::MIN_POSITIVE..=1.0;
 
 /// Model families with their own layer formula.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
@@ -224,23 +233,14 @@ impl ModelConfig {
                 format!("at most {MAX_WIDTH} columns in all heads of {}", self.head_dim),
             ));
         }
-        for (name, value) in [(names.rope_theta, self.rope_theta), (names.rms_eps, self.rms_eps)] {
-            if !(value.is_finite() && value > 0.0) {
-                let expected = "a positive finite number";
-                return Err(ModelError::config(file, name, value, expected));
-            }
-        }
+        check_range(file, names.rope_theta, self.rope_theta, &ROPE_THETA)?;
+        check_range(file, names.rms_eps, self.rms_eps, &RMS_EPS)?;
         self.check_rope(file)
     }
 
     /// Refuses scalings that give no frequencies.
     fn check_rope(&self, file: &str) -> Result<(), ModelError> {
-        let positive = |name: &str, value: f32| {
-            if value.is_finite() && value > 0.0 {
-                return Ok(());
-            }
-            Err(ModelError::config(file, name, value, "a positive finite number"))
-        };
+        let factor_in_range = |name: &str, value: f32| check_range(file, name, value, &ROPE_FACTOR);
         let original = |context: usize| {
             if (1..=MAX_CONTEXT).contains(&context) {
                 return Ok(());
@@ -250,11 +250,11 @@ impl ModelConfig {
         };
         match &self.rope_scaling {
             RopeScaling::None => Ok(()),
-            RopeScaling::Linear { factor } => positive("rope scaling factor", *factor),
+            RopeScaling::Linear { factor } => factor_in_range("rope scaling factor", *factor),
             RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
-                positive("rope scaling factor", *factor)?;
-                positive("low_freq_factor", *low_freq_factor)?;
-                positive("high_freq_factor", *high_freq_factor)?;
+                factor_in_range("rope scaling factor", *factor)?;
+                factor_in_range("low_freq_factor", *low_freq_factor)?;
+                factor_in_range("high_freq_factor", *high_freq_factor)?;
                 if high_freq_factor <= low_freq_factor {
                     let expected = format!("above low_freq_factor {low_freq_factor}");
                     let found = high_freq_factor;
@@ -269,10 +269,10 @@ impl ModelConfig {
                 attention_factor,
                 original_context,
             } => {
-                positive("rope scaling factor", *factor)?;
-                positive("beta_fast", *beta_fast)?;
-                positive("beta_slow", *beta_slow)?;
-                positive("attention_factor", *attention_factor)?;
+                factor_in_range("rope scaling factor", *factor)?;
+                factor_in_range("beta_fast", *beta_fast)?;
+                factor_in_range("beta_slow", *beta_slow)?;
+                factor_in_range("attention_factor", *attention_factor)?;
                 original(*original_context)
             }
             RopeScaling::Factors(factors) => {
@@ -281,10 +281,24 @@ impl ModelConfig {
                     let found = format!("{} factors", factors.len());
                     return Err(ModelError::config(file, "rope_freqs.weight", found, expected));
                 }
-                factors.iter().try_for_each(|factor| positive("rope_freqs.weight", *factor))
+                factors.iter().try_for_each(|factor| factor_in_range("rope_freqs.weight", *factor))
             }
         }
     }
+}
+
+/// Refuses a number out of its range, and NaN.
+fn check_range(
+    file: &str,
+    name: &str,
+    value: f32,
+    range: &RangeInclusive<f32>,
+) -> Result<(), ModelError> {
+    if range.contains(&value) {
+        return Ok(());
+    }
+    let expected = format!("a number from {:?} to {:?}", range.start(), range.end());
+    Err(ModelError::config(file, name, value, expected))
 }
 
 /// What the source calls each field, for messages a reader can act on.

@@ -297,7 +297,7 @@ fn folders_of_groups_hold_the_numbers_of_their_blocks() {
 
 #[test]
 fn configurations_that_cannot_be_run_are_refused() {
-    let cases: [(&str, Value, &str); 21] = [
+    let cases: [(&str, Value, &str); 25] = [
         ("/architectures", json!(["MambaForCausalLM"]), "architecture `MambaForCausalLM` is not"),
         ("/architectures", json!([]), "supported: BitNetForCausalLM"),
         ("/hidden_size", json!(0), "`hidden_size` is 0, expected 1 to"),
@@ -312,9 +312,28 @@ fn configurations_that_cannot_be_run_are_refused() {
         ("/head_dim", json!(23), "an even number"),
         ("/intermediate_size", json!(128), "the configuration asks for"),
         ("/vocab_size", json!(100), "embed_tokens.weight` has shape [512, 96]"),
-        ("/rms_norm_eps", json!(0.0), "`rms_norm_eps` is 0, expected a positive"),
+        ("/rms_norm_eps", json!(0.0), "`rms_norm_eps` is 0, expected a number from"),
         ("/rope_parameters", json!({"rope_theta": -1.0}), "`rope_theta` is -1"),
         ("/rope_parameters", json!({"rope_type": "linear"}), "`rope_parameters.factor`"),
+        (
+            "/rope_parameters",
+            json!({"rope_type": "linear", "factor": 1e-30}),
+            "factor` is 0.000000000000000000000000000001, expected a number from 0.001 to 1000000",
+        ),
+        ("/rope_parameters", json!({"rope_type": "yarn", "factor": 1e300}), "factor` is inf"),
+        (
+            "/rope_parameters",
+            json!({"rope_type": "yarn", "factor": 4.0, "beta_slow": 0.0}),
+            "`beta_slow` is 0, expected a number from 0.001",
+        ),
+        (
+            "/rope_parameters",
+            json!({
+                "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 64
+            }),
+            "`high_freq_factor` is 4, expected above low_freq_factor 4",
+        ),
         ("/hidden_act", json!("gelu"), "`hidden_act` is \"gelu\", this version supports only"),
         ("/attention_bias", json!(true), "`attention_bias` is true"),
         ("/quantization_config", Value::Null, "`quantization_config` is missing"),

@@ -235,7 +235,9 @@ fn impossible_metadata_is_refused() {
         ("bitnet-b1.58.vocab_size", number(500), "the configuration asks for [256, 500]"),
         ("bitnet-b1.58.context_length", number(0), "`context_length` is 0"),
         ("bitnet-b1.58.rope.freq_base", float(f32::NAN), "`rope.freq_base` is NaN"),
-        ("bitnet-b1.58.attention.layer_norm_rms_epsilon", float(-1.0), "is -1, expected a pos"),
+        ("bitnet-b1.58.attention.layer_norm_rms_epsilon", float(-1.0), "is -1, expected a num"),
+        ("bitnet-b1.58.attention.layer_norm_rms_epsilon", float(0.0), "epsilon` is 0, expected"),
+        ("bitnet-b1.58.rope.freq_base", float(1.0), "is 1, expected a number from 1.001 to 1000"),
         ("tokenizer.ggml.eos_token_id", number(512), "an id below the vocabulary size 512"),
         ("tokenizer.ggml.bos_token_id", number(u32::MAX), "`bos_token_id` is 4294967295"),
     ];

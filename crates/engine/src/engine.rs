@@ -17,6 +17,7 @@ use std::{
 };
 
 use tercet_kernels::Isa;
+use tercet_text::Grammars;
 use thiserror::Error;
 
 use self::compute::Computer;
@@ -54,6 +55,8 @@ pub struct EngineOptions {
     /// more than 1. Prompts get at least a row, however large that makes the step. [`f64::MAX`]
     /// always gives them the whole chunk.
     pub prefill_stretch: f64,
+    /// Compiles the grammars of requests; without it a request that has one fails.
+    pub grammars: Option<Arc<Grammars>>,
 }
 
 impl Default for EngineOptions {
@@ -68,6 +71,7 @@ impl Default for EngineOptions {
             max_waiting: 256,
             prefill_chunk: 128,
             prefill_stretch: 1.6,
+            grammars: None,
         }
     }
 }

@@ -115,6 +115,8 @@ pub enum RunOutcome {
     Scores(Scores),
     /// The computation gave an infinity or a NaN; the request cannot go on.
     NonFinite,
+    /// The completion can no longer keep to its grammar; says why.
+    Grammar(String),
 }
 
 /// Log-probabilities of given tokens.

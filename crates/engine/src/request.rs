@@ -87,6 +87,9 @@ pub enum SequenceFailure {
     /// The fault of the request and the model together: the same everywhere.
     #[error("the model's activations became infinite or NaN")]
     NonFinite,
+    /// The fault of the request and the model together: the same everywhere.
+    #[error("the completion cannot keep to the grammar: {0}")]
+    Grammar(String),
     /// A later stage was lost; the sequence can go on in another pipeline.
     #[error("the pipeline broke: {0}")]
     PipelineBroken(String),

@@ -3,13 +3,14 @@
 use std::{collections::HashMap, fmt, ops::Range, sync::Arc, time::Duration};
 
 use tercet_kernels::{Isa, Kernels};
+use tercet_text::{Constraint, GrammarError, Grammars};
 
 use crate::{
     engine::{EngineError, EngineOptions, StepError},
     forward::{Forward, Row, Workspace},
     kv::{KvCache, KvShape},
     model_file::{ModelConfig, ModelError, ModelFile, Report, StageWeights},
-    plan::{Run, RunOutcome, RunOutput, RunResult, Scores, SequenceId, StepPlan},
+    plan::{OpenSequence, Run, RunOutcome, RunOutput, RunResult, Scores, SequenceId, StepPlan},
     pool::ComputePool,
     sampler::{History, Sampler, SamplingParams, token_id},
 };
@@ -44,6 +45,8 @@ struct Opened {
     sampling: SamplingParams,
     /// Kept up where tokens are sampled, if sampling looks at it.
     history: History,
+    /// Kept up where tokens are sampled, if the completion has a grammar; else what is wrong with it.
+    constraint: Option<Result<Constraint, GrammarError>>,
 }
 
 /// A stage with its KV cache and the sequences that are open in it.
@@ -57,6 +60,7 @@ pub(crate) struct StageRunner {
     work: Workspace,
     sampler: Sampler,
     observer: Option<LogitsObserver>,
+    grammars: Option<Arc<Grammars>>,
     last_step: Duration,
 }
 
@@ -102,6 +106,7 @@ impl StageRunner {
             work: Workspace::new(&model.config),
             sampler: Sampler::default(),
             observer: None,
+            grammars: options.grammars.clone(),
             last_step: Duration::ZERO,
             config: model.config.clone(),
         })
@@ -220,6 +225,7 @@ impl StageRunner {
             let opened = Opened {
                 sampling: open.sampling.clone(),
                 history: History::new(&open.prompt, &open.completion),
+                constraint: self.constrain(open),
             };
             if self.sequences.insert(open.id, opened).is_some() {
                 return Err(frame(format!("sequence {} is open already", open.id)));
@@ -273,13 +279,17 @@ impl StageRunner {
             }
             RunOutput::Sample => {
                 let observe_from = if self.observer.is_some() { first_row } else { last - 1 };
-                let mut token = 0;
+                let mut token = Ok(0);
                 let finite = self.for_each_logits(run, observe_from..last, |this, row, logits| {
                     if row + 1 == last {
                         token = this.sample(run, logits);
                     }
                 });
-                Some(if finite { RunOutcome::Token(token) } else { RunOutcome::NonFinite })
+                Some(match token {
+                    _ if !finite => RunOutcome::NonFinite,
+                    Ok(token) => RunOutcome::Token(token),
+                    Err(error) => RunOutcome::Grammar(error.to_string()),
+                })
             }
             RunOutput::Score(targets) => {
                 let mut scores = Scores::default();
@@ -298,16 +308,38 @@ impl StageRunner {
     }
 
     /// Returns the token sampled from `logits` after `run`, which becomes part of the history.
-    fn sample(&mut self, run: &Run, logits: &[f32]) -> u32 {
+    fn sample(&mut self, run: &Run, logits: &[f32]) -> Result<u32, GrammarError> {
         let Self { sampler, kernels, sequences, .. } = self;
-        let Opened { sampling, history } =
+        let Opened { sampling, history, constraint } =
             sequences.get_mut(&run.sequence).expect("runs are of open sequences");
         let position = run.position + run.rows;
-        let token = sampler.sample(*kernels, logits, sampling, history, position);
+        let mut constraint = match constraint {
+            Some(Ok(constraint)) => Some(constraint),
+            Some(Err(error)) => return Err(error.clone()),
+            None => None,
+        };
+        let mask = constraint.as_mut().map(|constraint| constraint.mask()).transpose()?;
+        let token = sampler.sample(*kernels, logits, sampling, history, mask.as_ref(), position);
         if sampling.looks_at_completion() {
             history.push(token);
         }
-        token
+        if let Some(constraint) = constraint {
+            constraint.accept(token)?;
+        }
+        Ok(token)
+    }
+
+    /// Returns the state of the grammar of a sequence that begins, in the stage that samples.
+    fn constrain(&self, open: &OpenSequence) -> Option<Result<Constraint, GrammarError>> {
+        self.weights.head.as_ref()?;
+        let grammar = open.sampling.grammar.as_ref()?;
+        Some(self.grammars.as_ref().ok_or(GrammarError::NoTokenizer).and_then(|grammars| {
+            let mut constraint = grammars.compile(grammar)?;
+            for id in &open.completion {
+                constraint.accept(*id)?;
+            }
+            Ok(constraint)
+        }))
     }
 
     /// Computes the logits of some rows of the step, a few at a time, and hands each row over.

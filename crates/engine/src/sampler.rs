@@ -4,15 +4,16 @@
 //! The order is fixed (penalties, bias, temperature, top_k, top_p, min_p, draw), sums have a fixed
 //! order, and the random number depends on nothing but the seed and the position of the token, so
 //! the same logits after the same tokens give the same token on every machine, in every batch and
-//! after every resume.
+//! after every resume. A grammar leaves ids out before anything is chosen.
 
 mod history;
 #[cfg(test)]
 mod tests;
 
-use std::{cmp::Ordering, collections::BTreeMap};
+use std::{cmp::Ordering, collections::BTreeMap, sync::Arc};
 
 use tercet_kernels::Kernels;
+use tercet_text::{Grammar, TokenMask};
 
 pub(crate) use self::history::History;
 
@@ -38,6 +39,8 @@ pub struct SamplingParams {
     pub presence_penalty: f32,
     /// Added to the logits of these ids. Finite.
     pub logit_bias: BTreeMap<u32, f32>,
+    /// What the completion has to look like; ids that do not fit are never chosen.
+    pub grammar: Option<Arc<Grammar>>,
 }
 
 impl SamplingParams {
@@ -53,6 +56,7 @@ impl SamplingParams {
             frequency_penalty: 0.0,
             presence_penalty: 0.0,
             logit_bias: BTreeMap::new(),
+            grammar: None,
         }
     }
 
@@ -77,7 +81,7 @@ impl SamplingParams {
 
     /// Returns whether a choice depends on the tokens of the completion.
     pub fn looks_at_completion(&self) -> bool {
-        self.penalizes_repetition() || self.penalizes_counts()
+        self.penalizes_repetition() || self.penalizes_counts() || self.grammar.is_some()
     }
 
     #[expect(clippy::float_cmp, reason = "exactly 1 changes nothing")]
@@ -122,6 +126,7 @@ impl Sampler {
         logits: &[f32],
         params: &SamplingParams,
         history: &History,
+        mask: Option<&TokenMask>,
         position: usize,
     ) -> u32 {
         if !params.looks_at_completion() && params.logit_bias.is_empty() {
@@ -133,6 +138,10 @@ impl Sampler {
         history.penalize(&mut adjusted, params);
         for (&id, bias) in &params.logit_bias {
             shift(&mut adjusted[id as usize], *bias);
+        }
+        // Last: what is masked stays so whatever is added to it.
+        if let Some(mask) = mask {
+            mask.apply(&mut adjusted);
         }
         let token = self.choose(kernels, &adjusted, params, position);
         self.adjusted = adjusted;

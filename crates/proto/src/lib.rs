@@ -14,12 +14,14 @@
 
 pub mod convention;
 mod deadline;
+mod grammar;
 mod request;
 mod status;
 mod violation;
 
 pub use self::{
     deadline::timeout,
+    grammar::{GrammarSpec, MAX_GRAMMAR_BYTES},
     request::{
         GenerateSpec, Input, MAX_CACHE_SALT_BYTES, MAX_LOGIT_BIAS, MAX_LOGIT_BIASES, MAX_PENALTY,
         MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS, ResumeSpec,

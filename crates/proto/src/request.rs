@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::grammar::{self, GrammarSpec};
 use crate::v1;
 use crate::violation::{InvalidRequest, Violations};
 
@@ -48,6 +49,8 @@ pub struct GenerateSpec {
     pub echo: bool,
     /// Keeps caches apart; at most [`MAX_CACHE_SALT_BYTES`] long.
     pub cache_salt: String,
+    /// What the completion has to look like.
+    pub grammar: Option<GrammarSpec>,
 }
 
 /// What a completion continues.
@@ -126,6 +129,7 @@ impl TryFrom<v1::GenerateRequest> for GenerateSpec {
             logprobs,
             echo,
             cache_salt,
+            grammar,
         } = request;
         let sampling = sampling.unwrap_or_default();
         let stop = stop.unwrap_or_default();
@@ -141,6 +145,9 @@ impl TryFrom<v1::GenerateRequest> for GenerateSpec {
             violations.require(top <= MAX_TOP_LOGPROBS, "logprobs.top", || {
                 format!("must be at most {MAX_TOP_LOGPROBS}, got {top}")
             });
+        }
+        if let Some(grammar) = &grammar {
+            grammar::check(grammar, &stop, &mut violations);
         }
         violations.require(cache_salt.len() <= MAX_CACHE_SALT_BYTES, "cache_salt", || {
             format!("must be at most {MAX_CACHE_SALT_BYTES} bytes long, got {}", cache_salt.len())
@@ -175,14 +182,24 @@ impl TryFrom<v1::GenerateRequest> for GenerateSpec {
             logprobs: logprobs.map(|logprobs| logprobs.top),
             echo: echo.unwrap_or_default(),
             cache_salt,
+            grammar: grammar.and_then(GrammarSpec::read),
         })
     }
 }
 
 impl From<GenerateSpec> for v1::GenerateRequest {
     fn from(spec: GenerateSpec) -> Self {
-        let GenerateSpec { model, input, sampling, stop, resume, logprobs, echo, cache_salt } =
-            spec;
+        let GenerateSpec {
+            model,
+            input,
+            sampling,
+            stop,
+            resume,
+            logprobs,
+            echo,
+            cache_salt,
+            grammar,
+        } = spec;
         Self {
             model: model.unwrap_or_default(),
             input: Some(match input {
@@ -211,6 +228,7 @@ impl From<GenerateSpec> for v1::GenerateRequest {
             logprobs: logprobs.map(|top| v1::Logprobs { top }),
             echo: Some(echo),
             cache_salt,
+            grammar: grammar.map(Into::into),
         }
     }
 }

@@ -11,7 +11,7 @@
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
 use llguidance::{
@@ -69,6 +69,9 @@ pub enum GrammarError {
     /// The answer could never end: the model has no end-of-sequence token.
     #[error("structured output needs an end-of-sequence token and the model has none")]
     NoEnd,
+    /// There is nothing to compile it for.
+    #[error("structured output needs a tokenizer and none is set up")]
+    NoTokenizer,
     /// Following the grammar takes more work per token than is allowed.
     #[error("the grammar is too complex to follow: {0}")]
     TooComplex(String),
@@ -85,31 +88,39 @@ pub enum GrammarError {
 
 /// Compiles grammars for the vocabulary of one model.
 pub struct Grammars {
-    factory: ParserFactory,
+    tokenizer: Arc<Tokenizer>,
+    ids: usize,
+    /// Made for the first request that needs it: that takes in the order of a second for the largest
+    /// vocabularies.
+    factory: OnceLock<Result<ParserFactory, GrammarError>>,
     /// Most recently used last.
     compiled: Mutex<Vec<(Grammar, Matcher)>>,
-    ids: usize,
 }
 
 impl Grammars {
     /// Most bytes of a grammar.
     pub const MAX_BYTES: usize = 64 << 10;
 
-    /// Prepares for the vocabulary of `tokenizer`, in a model whose logits have `ids` entries.
-    ///
-    /// Takes in the order of a second for the largest vocabularies.
-    ///
-    /// # Errors
-    /// The model has no end-of-sequence token.
-    pub fn new(tokenizer: &Tokenizer, ids: usize) -> Result<Self, GrammarError> {
+    /// Returns a compiler for the vocabulary of `tokenizer`, in a model whose logits have `ids`
+    /// entries.
+    pub fn new(tokenizer: Arc<Tokenizer>, ids: usize) -> Self {
+        Self { tokenizer, ids, factory: OnceLock::new(), compiled: Mutex::new(Vec::new()) }
+    }
+
+    fn factory(&self) -> Result<&ParserFactory, GrammarError> {
+        self.factory.get_or_init(|| self.prepare()).as_ref().map_err(GrammarError::clone)
+    }
+
+    fn prepare(&self) -> Result<ParserFactory, GrammarError> {
+        let Self { tokenizer, ids, .. } = self;
         let ends: Vec<u32> = tokenizer
             .special()
             .eos
             .iter()
             .copied()
-            .filter(|end| usize::try_from(*end).is_ok_and(|end| end < ids))
+            .filter(|end| usize::try_from(*end).is_ok_and(|end| end < *ids))
             .collect();
-        let (Some(&end), Ok(count)) = (ends.first(), u32::try_from(ids)) else {
+        let (Some(&end), Ok(count)) = (ends.first(), u32::try_from(*ids)) else {
             return Err(GrammarError::NoEnd);
         };
         let words: Vec<Vec<u8>> = (0..count)
@@ -131,13 +142,13 @@ impl Grammars {
             .map_err(|error| GrammarError::Invalid(error.to_string()))?;
         factory.quiet();
         *factory.limits_mut() = limits();
-        Ok(Self { factory, compiled: Mutex::new(Vec::new()), ids })
+        Ok(factory)
     }
 
     /// Compiles `grammar`, or takes it from those compiled before.
     ///
     /// # Errors
-    /// The grammar is malformed, not supported or too large.
+    /// The grammar is malformed, not supported or too large, or the model cannot end an answer.
     pub fn compile(&self, grammar: &Grammar) -> Result<Constraint, GrammarError> {
         if let Some(matcher) = self.recall(grammar) {
             return Ok(Constraint { matcher, ids: self.ids });
@@ -187,7 +198,7 @@ impl Grammars {
                 TopLevelGrammar::from_lark(choice(texts))
             }
         };
-        let parser = self.factory.create_parser(top);
+        let parser = self.factory()?.create_parser(top);
         let mut matcher = Matcher::new(parser);
         if let Some(error) = matcher.get_error() {
             return Err(invalid(&first_line(&error)));

@@ -57,6 +57,7 @@ pub(crate) fn sequence(model: &Hosted, failure: &SequenceFailure) -> Status {
     let message = failure.to_string();
     match failure {
         SequenceFailure::NonFinite => Reason::NonFinite.status(message),
+        SequenceFailure::Grammar(_) => InvalidRequest::new("grammar", message).into(),
         SequenceFailure::PipelineBroken(_) => Reason::PipelineBroken.status(message),
         SequenceFailure::Stopped => model.draining(),
     }

@@ -8,11 +8,12 @@ use std::{
 
 use tercet_engine::{Engine, Output, SamplingParams, SequenceRequest, plan::Scores};
 use tercet_proto::{
-    GenerateSpec, Input, InvalidRequest, Reason, SamplingSpec, ScoreSpec, TokenizeSpec,
+    GenerateSpec, GrammarSpec, Input, InvalidRequest, Reason, SamplingSpec, ScoreSpec,
+    TokenizeSpec,
     v1::{self, inference_server::Inference},
 };
 use tercet_telemetry::{Component, Operation};
-use tercet_text::StreamDecoder;
+use tercet_text::{Grammar, StreamDecoder};
 use tokio::{
     task,
     time::{self, Instant},
@@ -25,6 +26,7 @@ use crate::{
     core::{ActiveGuard, Core, Facts, Hosted, Loaded, Phase, wire},
     failure,
     generation::{Generation, Held, Stream, Watched},
+    grammar,
     mailbox::{End, mailbox},
     prompt::{self, Prompt},
     span,
@@ -211,14 +213,15 @@ async fn submit(
 ) -> Result<(Generation, v1::Started), Status> {
     let held = Held { _room: model.admit()?, _active: active };
     let seed = spec.seed().unwrap_or_else(draw_seed);
-    let GenerateSpec { input, sampling, stop, resume, cache_salt, .. } = spec;
+    let GenerateSpec { input, sampling, stop, resume, cache_salt, grammar, .. } = spec;
     let resumed = resume.map(|resume| resume.token_ids).unwrap_or_default();
     let loaded = blocking(&model, move |loaded| {
         let prompt = Prompt::new(input, loaded)?;
         let decoder = StreamDecoder::new(Arc::clone(&loaded.tokenizer), stop.strings);
-        Ok((prompt, decoder))
+        let grammar = grammar.map(|spec| compiled(loaded, spec)).transpose()?;
+        Ok((prompt, decoder, grammar))
     });
-    let (Prompt { ids: prompt, field }, decoder) = loaded.await?;
+    let (Prompt { ids: prompt, field }, decoder, grammar) = loaded.await?;
 
     let prompt_tokens = prompt.len();
     let limits = Limits {
@@ -249,7 +252,7 @@ async fn submit(
         let request = SequenceRequest {
             prompt,
             resumed,
-            sampling: with_defaults(&model.facts, sampling, seed),
+            sampling: SamplingParams { grammar, ..with_defaults(&model.facts, sampling, seed) },
             output: Output::Generate { max_tokens: limits.max_tokens, stop_ids: limits.stop_ids },
             traceparent: tercet_telemetry::traceparent_of(&watched.span),
             cache_salt,
@@ -292,7 +295,19 @@ fn with_defaults(facts: &Facts, asked: SamplingSpec, seed: u64) -> SamplingParam
         frequency_penalty: asked.frequency_penalty.unwrap_or_default(),
         presence_penalty: asked.presence_penalty.unwrap_or_default(),
         logit_bias: asked.logit_bias,
+        grammar: None,
     }
+}
+
+/// Returns a grammar that the engine will be able to begin with.
+fn compiled(loaded: &Loaded, spec: GrammarSpec) -> Result<Arc<Grammar>, Status> {
+    let field = spec.field();
+    let grammar = grammar::grammar(spec);
+    loaded
+        .grammars
+        .compile(&grammar)
+        .map_err(|error| InvalidRequest::new(field, error.to_string()))?;
+    Ok(Arc::new(grammar))
 }
 
 /// Returns when the deadline has passed; never without one.

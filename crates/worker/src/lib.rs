@@ -26,6 +26,7 @@ mod config;
 mod core;
 mod failure;
 mod generation;
+mod grammar;
 mod hosting;
 mod inference;
 mod load;

@@ -3,12 +3,12 @@
 use std::{ops::ControlFlow, path::Path, sync::Arc};
 
 use tercet_engine::{
-    Engine, EngineError, Follower, ModelError, ModelFile, StepReport, demo,
+    Engine, EngineError, EngineOptions, Follower, ModelError, ModelFile, StepReport, demo,
     model_file::{LoadProgress, identity},
 };
 use tercet_proto::v1::LoadStage;
 use tercet_telemetry::{Metrics, RowKind};
-use tercet_text::{ChatTemplate, TemplateError, Tokenizer, TokenizerError};
+use tercet_text::{ChatTemplate, Grammars, TemplateError, Tokenizer, TokenizerError};
 use thiserror::Error;
 
 use crate::{
@@ -49,7 +49,9 @@ pub(crate) fn open(source: &ModelSource) -> Result<ModelFile, ModelError> {
 pub(crate) fn load(file: &ModelFile, model: &Hosted) -> Result<Loaded, LoadError> {
     let Hosted { facts, metrics, pool, .. } = model;
     let (tokenizer, template) = text_parts(file)?;
-    let options = model.options();
+    let tokenizer = Arc::new(tokenizer);
+    let grammars = Arc::new(Grammars::new(Arc::clone(&tokenizer), facts.config.vocab));
+    let options = EngineOptions { grammars: Some(Arc::clone(&grammars)), ..model.options() };
     let reading = &mut reporter(model, LoadStage::Reading);
     let hashing = &mut reporter(model, LoadStage::Hashing);
     let (role, parts) = if facts.is_later_stage() {
@@ -66,7 +68,7 @@ pub(crate) fn load(file: &ModelFile, model: &Hosted) -> Result<Loaded, LoadError
         engine.observe_steps(Box::new(move |report| count(&metrics, &name, report)));
         (Role::Engine(Arc::new(engine)), parts)
     };
-    Ok(Loaded { tokenizer: Arc::new(tokenizer), template, parts, role })
+    Ok(Loaded { tokenizer, template, grammars, parts, role })
 }
 
 /// What [`verify`] finds of a model that is whole.

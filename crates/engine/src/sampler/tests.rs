@@ -19,7 +19,7 @@ fn philox_matches_the_published_vectors() {
 fn draw_many(logits: &[f32], params: &SamplingParams, n: usize) -> Vec<u32> {
     let mut sampler = Sampler::default();
     (0..n)
-        .map(|i| sampler.sample(Kernels::detect(), logits, params, &History::default(), i))
+        .map(|i| sampler.sample(Kernels::detect(), logits, params, &History::default(), None, i))
         .collect()
 }
 
@@ -76,7 +76,7 @@ fn top_p_equals_a_plain_sort_over_a_large_vocabulary() {
             ..SamplingParams::greedy()
         };
         let mut sampler = Sampler::default();
-        sampler.sample(Kernels::detect(), &logits, &params, &History::default(), 0);
+        sampler.sample(Kernels::detect(), &logits, &params, &History::default(), None, 0);
         let kept: Vec<u32> = sampler.candidates.iter().map(|c| c.id).collect();
 
         let mut sorted: Vec<Candidate> = sampler
@@ -179,10 +179,11 @@ proptest! {
             presence_penalty: counts.1,
             logit_bias: bias.into_iter().map(|(id, bias)| (id % vocab, bias)).collect(),
             seed: 5,
+            grammar: None,
         };
         let history = History::new(prompt, completion);
         let mut sampler = Sampler::default();
-        let drawn = sampler.sample(Kernels::detect(), &logits, &params, &history, 7);
+        let drawn = sampler.sample(Kernels::detect(), &logits, &params, &history, None, 7);
         let kept: Vec<u32> = if sampler.candidates.is_empty() {
             (0..vocab).collect()
         } else {
@@ -194,7 +195,7 @@ proptest! {
             + expected.iter().filter(|id| !kept.contains(id)).count();
         prop_assert!(differ <= 1, "{kept:?} {expected:?}");
         prop_assert!(kept.contains(&drawn));
-        let again = sampler.sample(Kernels::detect(), &logits, &params, &history, 7);
+        let again = sampler.sample(Kernels::detect(), &logits, &params, &history, None, 7);
         prop_assert_eq!(drawn, again);
     }
 
@@ -241,7 +242,7 @@ fn extreme_settings_keep_logits_finite() {
     let history = History::new(&[0, 1, 2], &[3, 0]);
     let mut sampler = Sampler::default();
     for position in 0..50 {
-        let token = sampler.sample(Kernels::detect(), &logits, &params, &history, position);
+        let token = sampler.sample(Kernels::detect(), &logits, &params, &history, None, position);
         assert!([0, 3].contains(&token), "both are at the largest logit: {token}");
     }
     assert!(sampler.adjusted.iter().all(|logit| logit.is_finite()));

@@ -218,6 +218,9 @@ impl Sequence {
             (_, Some(RunOutcome::NonFinite)) => {
                 Ok(vec![SequenceEvent::Failed(SequenceFailure::NonFinite)])
             }
+            (RunOutput::Sample, Some(RunOutcome::Grammar(why))) => {
+                Ok(vec![SequenceEvent::Failed(SequenceFailure::Grammar(why))])
+            }
             (RunOutput::None, None) => Ok(Vec::new()),
             (RunOutput::Sample, Some(RunOutcome::Token(id))) => {
                 if id as usize >= vocab {

@@ -35,6 +35,7 @@ fn absent_fields_are_no_overrides() {
             logprobs: None,
             echo: false,
             cache_salt: String::new(),
+            grammar: None,
         }
     );
     assert_eq!(spec.seed(), None);
@@ -74,6 +75,7 @@ fn specs_turn_back_into_the_request() {
             logprobs: Some(v1::Logprobs { top: 20 }),
             echo: Some(true),
             cache_salt: "tenant".to_owned(),
+            grammar: None,
         };
         let spec = GenerateSpec::try_from(request.clone()).unwrap();
         assert_eq!(spec.seed(), Some(u64::MAX));
@@ -230,4 +232,45 @@ fn scores_need_two_tokens() {
     let spec = ScoreSpec::try_from(request.clone()).unwrap();
     assert_eq!(spec.model.as_deref(), Some("demo"));
     assert_eq!(v1::ScoreRequest::from(spec), request);
+}
+
+#[test]
+fn grammars_turn_back_and_bad_ones_are_named() {
+    use crate::{GrammarSpec, MAX_GRAMMAR_BYTES, v1::grammar::Form};
+
+    let ask = |form: Option<Form>| v1::GenerateRequest {
+        grammar: Some(v1::Grammar { form }),
+        ..prompt()
+    };
+    let choice = |texts: &[&str]| {
+        Form::Choice(v1::Choice { texts: texts.iter().map(|&text| text.to_owned()).collect() })
+    };
+    for form in [
+        Form::JsonSchema("{}".to_owned()),
+        Form::JsonObject(v1::JsonObject {}),
+        Form::Regex("a".repeat(MAX_GRAMMAR_BYTES)),
+        choice(&["yes", "no"]),
+    ] {
+        let spec = GenerateSpec::try_from(ask(Some(form.clone()))).unwrap();
+        let field = spec.grammar.as_ref().map(GrammarSpec::field).unwrap();
+        assert!(field.starts_with("grammar."), "{field}");
+        assert_eq!(v1::GenerateRequest::from(spec).grammar, ask(Some(form)).grammar);
+    }
+    for (request, field) in [
+        (ask(None), "grammar"),
+        (ask(Some(choice(&[]))), "grammar.choice.texts"),
+        (ask(Some(choice(&["a", ""]))), "grammar.choice.texts[1]"),
+        (ask(Some(Form::JsonSchema(" ".repeat(MAX_GRAMMAR_BYTES + 1)))), "grammar.json_schema"),
+        (
+            v1::GenerateRequest {
+                stop: Some(v1::Stop { ignore_eos: Some(true), ..Default::default() }),
+                ..ask(Some(Form::JsonObject(v1::JsonObject {})))
+            },
+            "stop.ignore_eos",
+        ),
+    ] {
+        let error = GenerateSpec::try_from(request).unwrap_err();
+        let fields: Vec<_> = error.violations().iter().map(|v| v.field.as_str()).collect();
+        assert_eq!(fields, [field]);
+    }
 }

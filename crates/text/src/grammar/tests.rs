@@ -6,11 +6,11 @@ use super::*;
 use crate::{SpecialTokens, TokenType, TokenizerSource, Vocabulary};
 
 /// Printable ASCII, some longer tokens, two bytes of `é`, a special token, two ends.
-static TOKENIZER: LazyLock<Tokenizer> = LazyLock::new(|| tokenizer(true));
+static TOKENIZER: LazyLock<Arc<Tokenizer>> = LazyLock::new(|| tokenizer(true));
 static GRAMMARS: LazyLock<Grammars> =
-    LazyLock::new(|| Grammars::new(&TOKENIZER, TOKENIZER.vocab_size() + 5).unwrap());
+    LazyLock::new(|| Grammars::new(Arc::clone(&TOKENIZER), TOKENIZER.vocab_size() + 5));
 
-fn tokenizer(with_ends: bool) -> Tokenizer {
+fn tokenizer(with_ends: bool) -> Arc<Tokenizer> {
     let mut tokens: Vec<String> = ('!'..='~').map(String::from).collect();
     tokens.extend(["Ġ", "{\"", "\":", "true", "name", "age\"", "12", "Ã", "©"].map(str::to_owned));
     let normal = tokens.len();
@@ -30,7 +30,7 @@ fn tokenizer(with_ends: bool) -> Tokenizer {
         eos: if with_ends { ends.collect() } else { Vec::new() },
         add_bos: false,
     };
-    Tokenizer::new(&TokenizerSource::Vocabulary(vocabulary), special).unwrap()
+    Arc::new(Tokenizer::new(&TokenizerSource::Vocabulary(vocabulary), special).unwrap())
 }
 
 fn is_end(id: u32) -> bool {
@@ -164,9 +164,12 @@ fn a_complete_answer_allows_its_end_and_nothing_else() {
 #[test]
 fn a_model_without_an_end_is_refused() {
     let endless = tokenizer(false);
-    assert!(matches!(Grammars::new(&endless, endless.vocab_size()), Err(GrammarError::NoEnd)));
+    let ids = endless.vocab_size();
     // Ends beyond the logits can never be chosen.
-    assert!(matches!(Grammars::new(&TOKENIZER, 3), Err(GrammarError::NoEnd)));
+    for (tokenizer, ids) in [(endless, ids), (Arc::clone(&TOKENIZER), 3)] {
+        let compiled = Grammars::new(tokenizer, ids).compile(&Grammar::JsonObject);
+        assert_eq!(compiled.map(|_| ()), Err(GrammarError::NoEnd));
+    }
 }
 
 #[test]
@@ -221,7 +224,7 @@ fn the_work_for_a_hostile_grammar_is_bounded() {
 
 #[test]
 fn grammars_that_come_again_are_not_compiled_again() {
-    let grammars = Grammars::new(&TOKENIZER, TOKENIZER.vocab_size()).unwrap();
+    let grammars = Grammars::new(Arc::clone(&TOKENIZER), TOKENIZER.vocab_size());
     for nth in 0..2 * KEPT {
         grammars.compile(&Grammar::Regex(format!("a{{{}}}", nth + 1))).unwrap();
         grammars.compile(&Grammar::JsonObject).unwrap();

@@ -14,7 +14,7 @@ use tercet_engine::{
 };
 use tercet_proto::{Reason, v1};
 use tercet_telemetry::{Component, Metrics};
-use tercet_text::{ChatTemplate, Tokenizer};
+use tercet_text::{ChatTemplate, Grammars, Tokenizer};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -75,6 +75,7 @@ pub(crate) struct Facts {
 pub(crate) struct Loaded {
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) template: Option<ChatTemplate>,
+    pub(crate) grammars: Arc<Grammars>,
     /// Digests of the tensors held, in model order.
     pub(crate) parts: Vec<(String, [u8; 32])>,
     pub(crate) role: Role,

@@ -1,6 +1,8 @@
 //! Steps and results as messages, and back. What comes from a peer is checked here as far as it can
 //! be without the stage's state.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use tercet_engine::{
     SamplingParams, StageFrame,
@@ -9,10 +11,10 @@ use tercet_engine::{
         StepResult,
     },
 };
-use tercet_proto::{Reason, v1};
+use tercet_proto::{GrammarSpec, Reason, v1};
 use thiserror::Error;
 
-use crate::core::wire as number;
+use crate::{core::wire as number, grammar};
 
 /// A message that no stage of this release sends.
 #[derive(Debug, Error, PartialEq)]
@@ -59,6 +61,7 @@ fn open(open: OpenSequence) -> v1::OpenSequence {
             presence_penalty: sampling.presence_penalty,
             logit_bias: sampling.logit_bias,
             top_logprobs: None,
+            grammar: sampling.grammar.as_deref().map(grammar::message),
         }),
         traceparent: open.traceparent,
         pages: pages(open.pages),
@@ -117,6 +120,10 @@ fn read_open(step: u64, open: v1::OpenSequence) -> Result<OpenSequence, WireErro
             frequency_penalty: sampler.frequency_penalty,
             presence_penalty: sampler.presence_penalty,
             logit_bias: sampler.logit_bias,
+            grammar: sampler
+                .grammar
+                .and_then(GrammarSpec::read)
+                .map(|spec| Arc::new(grammar::grammar(spec))),
         })
         .filter(SamplingParams::are_usable)
         .ok_or(WireError::Sampler { step, sequence })?;
@@ -155,6 +162,7 @@ pub(crate) fn result(epoch: u64, result: StepResult) -> v1::StepResult {
         RunOutcome::NonFinite => {
             v1::run_result::Outcome::Failure(Reason::NonFinite.as_str().to_owned())
         }
+        RunOutcome::Grammar(why) => v1::run_result::Outcome::GrammarFailure(why),
     };
     let results = result.results.into_iter().map(|run| v1::RunResult {
         sequence: run.sequence.0,
@@ -177,6 +185,7 @@ pub(crate) fn read_result(message: v1::StepResult) -> Result<StepResult, WireErr
             v1::run_result::Outcome::Failure(failure) if failure == Reason::NonFinite.as_str() => {
                 RunOutcome::NonFinite
             }
+            v1::run_result::Outcome::GrammarFailure(why) => RunOutcome::Grammar(why),
             v1::run_result::Outcome::Failure(failure) => {
                 return Err(WireError::Failure { step, sequence, failure });
             }
@@ -189,6 +198,8 @@ pub(crate) fn read_result(message: v1::StepResult) -> Result<StepResult, WireErr
 
 #[cfg(test)]
 mod tests {
+    use tercet_text::Grammar;
+
     use super::*;
 
     fn frame() -> StageFrame {
@@ -202,6 +213,7 @@ mod tests {
             frequency_penalty: -0.5,
             presence_penalty: 1.5,
             logit_bias: [(3, -100.0), (9, 0.25)].into(),
+            grammar: Some(Arc::new(Grammar::Regex("[ab]+".to_owned()))),
         };
         let run = |sequence, rows, output| Run {
             sequence: SequenceId(sequence),
@@ -253,6 +265,7 @@ mod tests {
             RunOutcome::Token(0),
             RunOutcome::Scores(Scores { logprobs: vec![-0.5], top_ids: vec![1, 2] }),
             RunOutcome::NonFinite,
+            RunOutcome::Grammar("no token fits".to_owned()),
         ];
         let results = (0..)
             .zip(outcomes)

@@ -17,6 +17,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("gateway", &["cluster", "proto", "telemetry", "text"]),
     ("cli", &["cluster", "engine", "gateway", "kernels", "proto", "telemetry", "text", "worker"]),
     ("tests", &["cluster", "engine", "gateway", "kernels", "proto", "telemetry", "text", "worker"]),
+    ("fuzz", &["engine", "proto", "tests", "text"]),
 ];
 
 /// What must not be in a crate's binary by any way, and why not.

@@ -7,6 +7,10 @@ use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
 use crate::Reason;
 
+/// Most violations that are told of: the answer has to fit the headers of a response, of which
+/// clients and proxies take 8 KB.
+const MOST: usize = 16;
+
 /// A request that cannot be served as it stands; the caller must change it.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub struct InvalidRequest {
@@ -29,7 +33,7 @@ impl InvalidRequest {
         Self { violations: vec![violation] }
     }
 
-    /// Returns what is wrong, in the order of the fields; never empty.
+    /// Returns what is wrong, in the order of the fields; never empty. Of very many only the first.
     pub fn violations(&self) -> &[Violation] {
         &self.violations
     }
@@ -78,14 +82,14 @@ impl From<InvalidRequest> for Status {
 pub(crate) struct Violations(Vec<Violation>);
 
 impl Violations {
-    /// Records a violation unless the bound holds.
+    /// Records a violation unless the bound holds, or there are enough already.
     pub(crate) fn require(
         &mut self,
         holds: bool,
         field: &str,
         description: impl FnOnce() -> String,
     ) {
-        if !holds {
+        if !holds && self.0.len() < MOST {
             self.0.push(Violation { field: field.to_owned(), description: description() });
         }
     }

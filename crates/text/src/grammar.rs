@@ -20,7 +20,7 @@ use llguidance::{
 };
 use toktrie::{ApproximateTokEnv, InferenceCapabilities, SimpleVob, TokEnv, TokRxInfo, TokTrie};
 
-use crate::Tokenizer;
+use crate::{Excerpt, Tokenizer};
 
 #[cfg(test)]
 mod tests;
@@ -64,7 +64,7 @@ impl Grammar {
 #[non_exhaustive]
 pub enum GrammarError {
     /// The grammar is malformed, asks for something that is not supported, or is too large.
-    #[error("the grammar cannot be used: {0}")]
+    #[error("the grammar cannot be used: {}", Excerpt(.0))]
     Invalid(String),
     /// The answer could never end: the model has no end-of-sequence token.
     #[error("structured output needs an end-of-sequence token and the model has none")]
@@ -73,7 +73,7 @@ pub enum GrammarError {
     #[error("structured output needs a tokenizer and none is set up")]
     NoTokenizer,
     /// Following the grammar takes more work per token than is allowed.
-    #[error("the grammar is too complex to follow: {0}")]
+    #[error("the grammar is too complex to follow: {}", Excerpt(.0))]
     TooComplex(String),
     /// A token does not fit the grammar.
     #[error("token {id} does not fit the grammar at this place")]

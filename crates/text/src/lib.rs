@@ -9,6 +9,7 @@
 //! Worker and gateway both hold these, and both must come to the same answer: everything here is a
 //! pure function of the model's tokenizer, its template and the request.
 
+mod excerpt;
 mod grammar;
 pub mod prefix;
 mod stream;
@@ -16,6 +17,7 @@ mod template;
 mod tokenizer;
 
 pub use self::{
+    excerpt::Excerpt,
     grammar::{Constraint, Grammar, GrammarError, Grammars, TokenMask},
     prefix::PageName,
     stream::{Piece, StreamDecoder},

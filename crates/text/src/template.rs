@@ -14,6 +14,7 @@ use std::{collections::BTreeMap, error::Error as _, fmt};
 use minijinja::{Environment, Error, ErrorKind, Value, syntax::SyntaxConfig};
 
 use self::clock::Clock;
+use crate::Excerpt;
 
 pub use self::variables::TemplateVariables;
 
@@ -38,7 +39,7 @@ pub struct ChatTemplate {
 #[non_exhaustive]
 pub enum TemplateError {
     /// The template is not Jinja, or uses what is not supported: the model file's fault.
-    #[error("the chat template does not parse, line {line}: {reason}")]
+    #[error("the chat template does not parse, line {line}: {reason}", reason = Excerpt(.reason))]
     Syntax {
         /// The line, from 1.
         line: usize,
@@ -52,7 +53,7 @@ pub enum TemplateError {
         reason: String,
     },
     /// The template refuses these messages with `raise_exception`: the request's fault.
-    #[error("the chat template refuses the messages: {reason}")]
+    #[error("the chat template refuses the messages: {reason}", reason = Excerpt(.reason))]
     Refused {
         /// The template's own words.
         reason: String,
@@ -64,7 +65,7 @@ pub enum TemplateError {
         line: usize,
     },
     /// The template failed on these messages.
-    #[error("the chat template fails, line {line}: {reason}")]
+    #[error("the chat template fails, line {line}: {reason}", reason = Excerpt(.reason))]
     Failed {
         /// The line, from 1.
         line: usize,

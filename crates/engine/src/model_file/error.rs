@@ -2,12 +2,14 @@
 
 use std::path::PathBuf;
 
+use tercet_text::Excerpt;
+
 /// Reasons a model cannot be opened, loaded, converted or written.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModelError {
     /// The operating system refused a file operation.
-    #[error("{action} {path}: {source}")]
+    #[error("{action} {}: {source}", Excerpt(.path.display()))]
     Io {
         /// What was being done, for example `open`.
         action: &'static str,
@@ -19,7 +21,9 @@ pub enum ModelError {
     /// The path holds neither a model folder nor a GGUF file.
     #[error(
         "{file} is not a model: {found}; expected a GGUF file or a folder with config.json and \
-         safetensors weights"
+         safetensors weights",
+        file = Excerpt(.file),
+        found = Excerpt(.found),
     )]
     NotAModel {
         /// The path given.
@@ -28,7 +32,11 @@ pub enum ModelError {
         found: String,
     },
     /// The bytes contradict the file format.
-    #[error("{file}: {problem}; the file is damaged or incomplete, fetch or convert it again")]
+    #[error(
+        "{file}: {problem}; the file is damaged or incomplete, fetch or convert it again",
+        file = Excerpt(.file),
+        problem = Excerpt(.problem),
+    )]
     Damaged {
         /// The file.
         file: String,
@@ -36,7 +44,7 @@ pub enum ModelError {
         problem: String,
     },
     /// A well-formed file uses something this version does not handle.
-    #[error("{file}: {problem}")]
+    #[error("{file}: {problem}", file = Excerpt(.file), problem = Excerpt(.problem))]
     Unsupported {
         /// The file.
         file: String,
@@ -45,7 +53,9 @@ pub enum ModelError {
     },
     /// The architecture is not one of those this version runs.
     #[error(
-        "{file}: architecture `{found}` is not supported by this version; supported: {supported}"
+        "{file}: architecture `{found}` is not supported by this version; supported: {supported}",
+        file = Excerpt(.file),
+        found = Excerpt(.found),
     )]
     Architecture {
         /// The file.
@@ -56,7 +66,13 @@ pub enum ModelError {
         supported: &'static str,
     },
     /// A configuration value is missing or impossible.
-    #[error("{file}: `{field}` is {found}, expected {expected}")]
+    #[error(
+        "{file}: `{field}` is {found}, expected {expected}",
+        file = Excerpt(.file),
+        field = Excerpt(.field),
+        found = Excerpt(.found),
+        expected = Excerpt(.expected),
+    )]
     Config {
         /// The file.
         file: String,
@@ -69,7 +85,9 @@ pub enum ModelError {
     },
     /// A tensor the architecture needs is absent.
     #[error(
-        "{file}: tensor `{tensor}` is missing; the file is incomplete or of another architecture"
+        "{file}: tensor `{tensor}` is missing; the file is incomplete or of another architecture",
+        file = Excerpt(.file),
+        tensor = Excerpt(.tensor),
     )]
     MissingTensor {
         /// The file or folder.
@@ -78,7 +96,12 @@ pub enum ModelError {
         tensor: String,
     },
     /// A tensor's type, shape or values do not fit the model.
-    #[error("{file}: tensor `{tensor}` {problem}")]
+    #[error(
+        "{file}: tensor `{tensor}` {problem}",
+        file = Excerpt(.file),
+        tensor = Excerpt(.tensor),
+        problem = Excerpt(.problem),
+    )]
     Tensor {
         /// The file.
         file: String,
@@ -104,13 +127,16 @@ pub enum ModelError {
     #[error("loading was interrupted")]
     Interrupted,
     /// The output file exists and overwriting was not asked for.
-    #[error("{path} exists; choose another path or ask for it to be overwritten")]
+    #[error(
+        "{} exists; choose another path or ask for it to be overwritten",
+        Excerpt(.path.display()),
+    )]
     Exists {
         /// The output path.
         path: PathBuf,
     },
     /// The requested file cannot exist in the requested format.
-    #[error("cannot write {what}: {problem}")]
+    #[error("cannot write {what}: {problem}", problem = Excerpt(.problem))]
     Unwritable {
         /// The tensor or file asked for.
         what: String,

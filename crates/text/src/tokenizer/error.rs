@@ -1,6 +1,7 @@
 //! Why a tokenizer could not be built or used.
 
 use super::{Tokenizer, pre};
+use crate::Excerpt;
 
 /// Why a tokenizer could not be built or used.
 ///
@@ -10,7 +11,7 @@ use super::{Tokenizer, pre};
 #[non_exhaustive]
 pub enum TokenizerError {
     /// The text is not a `tokenizer.json`.
-    #[error("tokenizer.json does not parse: {reason}")]
+    #[error("tokenizer.json does not parse: {reason}", reason = Excerpt(.reason))]
     Json {
         /// What the parser says.
         reason: String,
@@ -18,7 +19,8 @@ pub enum TokenizerError {
     /// The kind of tokenizer is not supported.
     #[error(
         "tokenizer kind `{found}` is not supported: expected BPE (`BPE` in tokenizer.json, `gpt2` or \
-         `llama` in GGUF)"
+         `llama` in GGUF)",
+        found = Excerpt(.found),
     )]
     UnsupportedKind {
         /// The kind the model names.
@@ -26,7 +28,8 @@ pub enum TokenizerError {
     },
     /// A setting changes the ids or the text in a way that is not supported.
     #[error(
-        "tokenizer setting `{setting}` is {found}, which is not supported: expected {expected}"
+        "tokenizer setting `{setting}` is {found}, which is not supported: expected {expected}",
+        found = Excerpt(.found),
     )]
     UnsupportedSetting {
         /// The setting's path in the file.
@@ -37,7 +40,11 @@ pub enum TokenizerError {
         expected: &'static str,
     },
     /// The pre-tokenizer a GGUF file names is not known.
-    #[error("pre-tokenizer `{found}` is not known: expected one of {}", pre::NAMES.join(", "))]
+    #[error(
+        "pre-tokenizer `{found}` is not known: expected one of {}",
+        pre::NAMES.join(", "),
+        found = Excerpt(.found),
+    )]
     UnknownPreTokenizer {
         /// The name in `tokenizer.ggml.pre`.
         found: String,
@@ -52,7 +59,10 @@ pub enum TokenizerError {
         id: u64,
     },
     /// Two ids have one text.
-    #[error("token `{text}` has two ids, {first} and {second}: expected every token once")]
+    #[error(
+        "token `{text}` has two ids, {first} and {second}: expected every token once",
+        text = Excerpt(.text),
+    )]
     DuplicateToken {
         /// The token.
         text: String,
@@ -62,7 +72,11 @@ pub enum TokenizerError {
         second: u32,
     },
     /// Two tokens have one id.
-    #[error("token id {id} stands for two tokens, `{first}` and `{second}`: expected one")]
+    #[error(
+        "token id {id} stands for two tokens, `{}` and `{}`: expected one",
+        Excerpt(.first),
+        Excerpt(.second),
+    )]
     DuplicateId {
         /// The id.
         id: u32,
@@ -96,7 +110,10 @@ pub enum TokenizerError {
         score: f32,
     },
     /// A merge names no pair of tokens.
-    #[error("merge {rank} `{merge}` is malformed: expected two tokens with one space between")]
+    #[error(
+        "merge {rank} `{merge}` is malformed: expected two tokens with one space between",
+        merge = Excerpt(.merge),
+    )]
     MalformedMerge {
         /// Its place in the list.
         rank: usize,
@@ -104,7 +121,7 @@ pub enum TokenizerError {
         merge: String,
     },
     /// The merges do not fit the vocabulary.
-    #[error("the merges do not fit the vocabulary: {reason}")]
+    #[error("the merges do not fit the vocabulary: {reason}", reason = Excerpt(.reason))]
     Merges {
         /// Which token is missing.
         reason: String,
@@ -139,7 +156,7 @@ pub enum TokenizerError {
         characters: usize,
     },
     /// The tokenizer gave up on a text.
-    #[error("the text cannot be tokenized: {reason}")]
+    #[error("the text cannot be tokenized: {reason}", reason = Excerpt(.reason))]
     Encode {
         /// What the tokenizer says.
         reason: String,

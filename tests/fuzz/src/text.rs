@@ -7,7 +7,7 @@ use tercet_text::{
     TokenizerSource,
 };
 
-use crate::message::good;
+use crate::message::{check, good};
 
 /// Texts that tokenizers and templates trip over: no text, spaces, digits, combining and joined
 /// characters, controls, words that never end.
@@ -96,10 +96,12 @@ pub(crate) fn use_template(template: &ChatTemplate) -> bool {
         vec![message("system", "Be brief."), message("user", "Hello")],
         turns,
     ];
-    let rendered = conversations.iter().flat_map(|messages| {
-        [false, true].map(|prompt| good(template.render(messages, prompt)).is_some())
-    });
-    rendered.fold(true, |all, one| all && one)
+    let failed = conversations
+        .iter()
+        .flat_map(|messages| [false, true].map(|prompt| template.render(messages, prompt)))
+        .filter(|rendered| rendered.as_ref().inspect_err(|error| check(error)).is_err())
+        .count();
+    failed == 0
 }
 
 /// Draws an answer. What the mask allows must be accepted, and the mask may not be empty.
@@ -119,7 +121,7 @@ fn follow(mut constraint: Constraint, seed: u8) {
             Ok(()) => {}
             Err(tercet_text::GrammarError::Rejected { id }) => panic!("{id} is in the mask"),
             Err(error) => {
-                crate::message::check(&error);
+                check(&error);
                 return;
             }
         }

@@ -1,6 +1,9 @@
 //! Every target on its corpus, and on thousands of bytes made from it, the same in every run.
 
-use std::{fs, panic, path::PathBuf};
+use std::{
+    fs, panic,
+    path::{Path, PathBuf},
+};
 
 use tercet_fuzz::{TARGETS, Target};
 
@@ -42,13 +45,20 @@ fn every_target_is_replayed_and_has_a_program() {
     assert_eq!(folders, names, "folders of the corpus");
 }
 
+/// Returns what is in a folder, in order.
+fn entries(folder: &Path) -> Vec<PathBuf> {
+    let listed = fs::read_dir(folder).expect("the folder is part of the repository");
+    let mut paths: Vec<_> = listed.map(|entry| entry.expect("it can be listed").path()).collect();
+    paths.sort();
+    paths
+}
+
 fn replay(name: &str) {
-    let (_, target) = TARGETS.into_iter().find(|(known, _)| *known == name).unwrap();
+    let (_, target) = TARGETS.into_iter().find(|(known, _)| *known == name).expect("a target");
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("corpus").join(name);
-    let mut files: Vec<PathBuf> =
-        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
-    files.sort();
-    let corpus: Vec<Vec<u8>> = files.iter().map(|path| fs::read(path).unwrap()).collect();
+    let files = entries(&folder);
+    let read = |path| fs::read(path).expect("the corpus can be read");
+    let corpus: Vec<Vec<u8>> = files.iter().map(read).collect();
     let good = files
         .iter()
         .zip(&corpus)

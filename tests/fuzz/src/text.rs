@@ -1,6 +1,6 @@
 //! Targets: tokenizers, chat templates, grammars.
 
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use tercet_text::{
     ChatMessage, ChatTemplate, Constraint, Grammar, Grammars, SpecialTokens, Tokenizer,
@@ -128,11 +128,12 @@ fn follow(mut constraint: Constraint, seed: u8) {
     }
 }
 
-static VOCABULARY: LazyLock<Tokenizer> = LazyLock::new(|| {
+static VOCABULARY: LazyLock<Arc<Tokenizer>> = LazyLock::new(|| {
     let json = include_str!("../../fixtures/demo-model/tokenizer.json").to_owned();
     let special = SpecialTokens { bos: None, eos: vec![0], add_bos: false };
-    Tokenizer::new(&TokenizerSource::Json(json), special).expect("the fixture is a tokenizer")
+    Arc::new(
+        Tokenizer::new(&TokenizerSource::Json(json), special).expect("the fixture is a tokenizer"),
+    )
 });
-static GRAMMARS: LazyLock<Grammars> = LazyLock::new(|| {
-    Grammars::new(&VOCABULARY, VOCABULARY.vocab_size()).expect("the fixture has an end")
-});
+static GRAMMARS: LazyLock<Grammars> =
+    LazyLock::new(|| Grammars::new(Arc::clone(&VOCABULARY), VOCABULARY.vocab_size()));

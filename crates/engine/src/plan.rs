@@ -110,13 +110,28 @@ pub struct RunResult {
 #[derive(Clone, Debug, PartialEq)]
 pub enum RunOutcome {
     /// The token sampled after the last row.
-    Token(u32),
+    Token {
+        /// The token.
+        id: u32,
+        /// How likely it was, if the sequence asks for that.
+        logprobs: Option<TokenLogprobs>,
+    },
     /// Log-probabilities of the targets and the likeliest token after every row.
     Scores(Scores),
     /// The computation gave an infinity or a NaN; the request cannot go on.
     NonFinite,
     /// The completion can no longer keep to its grammar; says why.
     Grammar(String),
+}
+
+/// Log-probabilities at one place, of the model: whatever the sampling parameters.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprobs {
+    /// Natural log-probability of the token chosen.
+    pub logprob: f32,
+    /// The likeliest tokens and their log-probabilities, likeliest first, the lower id first on a
+    /// tie.
+    pub top: Vec<(u32, f32)>,
 }
 
 /// Log-probabilities of given tokens.

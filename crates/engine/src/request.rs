@@ -2,7 +2,10 @@
 
 use thiserror::Error;
 
-use crate::{plan::Scores, sampler::SamplingParams};
+use crate::{
+    plan::{Scores, TokenLogprobs},
+    sampler::SamplingParams,
+};
 
 /// A sequence to compute.
 #[derive(Clone, Debug, PartialEq)]
@@ -61,6 +64,8 @@ pub enum SequenceEvent {
         index: usize,
         /// The token.
         id: u32,
+        /// How likely it was, if that was asked for.
+        logprobs: Option<TokenLogprobs>,
     },
     /// The answer to a `Score` sequence; nothing follows.
     Scores(Scores),

@@ -10,9 +10,12 @@ use crate::{
     forward::{Forward, Row, Workspace},
     kv::{KvCache, KvShape},
     model_file::{ModelConfig, ModelError, ModelFile, Report, StageWeights},
-    plan::{OpenSequence, Run, RunOutcome, RunOutput, RunResult, Scores, SequenceId, StepPlan},
+    plan::{
+        OpenSequence, Run, RunOutcome, RunOutput, RunResult, Scores, SequenceId, StepPlan,
+        TokenLogprobs,
+    },
     pool::ComputePool,
-    sampler::{History, Sampler, SamplingParams, token_id},
+    sampler::{History, Sampler, SamplingParams, largest, token_id},
 };
 
 /// Sees the logits of a row: the sequence, the position of the row, one logit for each token id.
@@ -279,15 +282,15 @@ impl StageRunner {
             }
             RunOutput::Sample => {
                 let observe_from = if self.observer.is_some() { first_row } else { last - 1 };
-                let mut token = Ok(0);
+                let mut sampled = Ok((0, None));
                 let finite = self.for_each_logits(run, observe_from..last, |this, row, logits| {
                     if row + 1 == last {
-                        token = this.sample(run, logits);
+                        sampled = this.sample(run, logits);
                     }
                 });
-                Some(match token {
+                Some(match sampled {
                     _ if !finite => RunOutcome::NonFinite,
-                    Ok(token) => RunOutcome::Token(token),
+                    Ok((id, logprobs)) => RunOutcome::Token { id, logprobs },
                     Err(error) => RunOutcome::Grammar(error.to_string()),
                 })
             }
@@ -297,9 +300,8 @@ impl StageRunner {
                     let best = this.kernels.argmax(logits);
                     scores.top_ids.push(token_id(best));
                     if let Some(&target) = targets.get(row - first_row) {
-                        let max = logits[best];
-                        let sum = this.kernels.sum_exp(logits, max);
-                        scores.logprobs.push(logits[target as usize] - max - libm::logf(sum));
+                        let normal = Normalizer::new(this.kernels, logits, logits[best]);
+                        scores.logprobs.push(normal.logprob(logits, target));
                     }
                 });
                 Some(if finite { RunOutcome::Scores(scores) } else { RunOutcome::NonFinite })
@@ -308,7 +310,11 @@ impl StageRunner {
     }
 
     /// Returns the token sampled from `logits` after `run`, which becomes part of the history.
-    fn sample(&mut self, run: &Run, logits: &[f32]) -> Result<u32, GrammarError> {
+    fn sample(
+        &mut self,
+        run: &Run,
+        logits: &[f32],
+    ) -> Result<(u32, Option<TokenLogprobs>), GrammarError> {
         let Self { sampler, kernels, sequences, .. } = self;
         let Opened { sampling, history, constraint } =
             sequences.get_mut(&run.sequence).expect("runs are of open sequences");
@@ -319,14 +325,22 @@ impl StageRunner {
             None => None,
         };
         let mask = constraint.as_mut().map(|constraint| constraint.mask()).transpose()?;
-        let token = sampler.sample(*kernels, logits, sampling, history, mask.as_ref(), position);
+        let id = sampler.sample(*kernels, logits, sampling, history, mask.as_ref(), position);
         if sampling.looks_at_completion() {
-            history.push(token);
+            history.push(id);
         }
         if let Some(constraint) = constraint {
-            constraint.accept(token)?;
+            constraint.accept(id)?;
         }
-        Ok(token)
+        let logprobs = sampling.top_logprobs.map(|top| {
+            let normal = Normalizer::new(*kernels, logits, logits[kernels.argmax(logits)]);
+            let top = largest(logits, top as usize);
+            TokenLogprobs {
+                logprob: normal.logprob(logits, id),
+                top: top.into_iter().map(|id| (id, normal.logprob(logits, id))).collect(),
+            }
+        });
+        Ok((id, logprobs))
     }
 
     /// Returns the state of the grammar of a sequence that begins, in the stage that samples.
@@ -387,6 +401,23 @@ impl fmt::Debug for StageRunner {
             .field("weights", &self.weights.range)
             .field("kernels", &self.kernels)
             .finish_non_exhaustive()
+    }
+}
+
+/// What turns the logits of a row into log-probabilities.
+struct Normalizer {
+    max: f32,
+    log_sum: f32,
+}
+
+impl Normalizer {
+    /// Returns that of `logits`, the largest of which is `max`.
+    fn new(kernels: Kernels, logits: &[f32], max: f32) -> Self {
+        Self { max, log_sum: libm::logf(kernels.sum_exp(logits, max)) }
+    }
+
+    fn logprob(&self, logits: &[f32], id: u32) -> f32 {
+        logits[id as usize] - self.max - self.log_sum
     }
 }
 

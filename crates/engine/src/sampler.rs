@@ -41,6 +41,9 @@ pub struct SamplingParams {
     pub logit_bias: BTreeMap<u32, f32>,
     /// What the completion has to look like; ids that do not fit are never chosen.
     pub grammar: Option<Arc<Grammar>>,
+    /// How many of the likeliest tokens to name beside each chosen one and its log-probability;
+    /// `None` asks for no log-probabilities.
+    pub top_logprobs: Option<u32>,
 }
 
 impl SamplingParams {
@@ -57,6 +60,7 @@ impl SamplingParams {
             presence_penalty: 0.0,
             logit_bias: BTreeMap::new(),
             grammar: None,
+            top_logprobs: None,
         }
     }
 
@@ -244,6 +248,19 @@ impl Sampler {
             self.candidates.retain(|candidate| candidate.weight >= least);
         }
     }
+}
+
+/// Returns the `n` ids of the largest values, largest first, the lower id first on a tie.
+pub(crate) fn largest(values: &[f32], n: usize) -> Vec<u32> {
+    let n = n.min(values.len());
+    if n == 0 {
+        return Vec::new();
+    }
+    let mut ranked: Vec<Candidate> = candidates(values).collect();
+    ranked.select_nth_unstable_by(n - 1, Candidate::likelier);
+    ranked.truncate(n);
+    ranked.sort_unstable_by(Candidate::likelier);
+    ranked.into_iter().map(|candidate| candidate.id).collect()
 }
 
 /// Returns every id with its weight, in order.

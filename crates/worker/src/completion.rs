@@ -10,6 +10,8 @@ pub(crate) struct Limits {
     pub(crate) max_tokens: usize,
     /// Tokens that end it.
     pub(crate) stop_ids: Vec<u32>,
+    /// Further tokens that end it, by the wish of the caller.
+    pub(crate) stop_tokens: Vec<u32>,
     /// Most tokens of prompt and completion.
     pub(crate) context: usize,
 }
@@ -26,13 +28,23 @@ pub(crate) struct Completion {
     prompt_tokens: usize,
     tokens: usize,
     ended: Option<FinishReason>,
+    matched: Option<Matched>,
+}
+
+/// What ended a completion.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Matched {
+    /// The stop string at this place of the list.
+    String(usize),
+    /// This token.
+    Token(u32),
 }
 
 impl Completion {
     /// Returns the completion of a prompt that fits the context, before its first token.
     pub(crate) fn new(decoder: StreamDecoder, prompt_tokens: usize, limits: Limits) -> Self {
         let ended = (prompt_tokens >= limits.context).then_some(FinishReason::Context);
-        Self { decoder, limits, prompt_tokens, tokens: 0, ended }
+        Self { decoder, limits, prompt_tokens, tokens: 0, ended, matched: None }
     }
 
     /// Takes the next token and returns the text it releases.
@@ -40,10 +52,15 @@ impl Completion {
         let piece = self.decoder.push(id);
         self.tokens += 1;
         let mut text = piece.text;
-        self.ended = if piece.stopped.is_some() {
+        self.ended = if let Some(nth) = piece.stopped {
+            self.matched = Some(Matched::String(nth));
             Some(FinishReason::StopString)
         } else if self.limits.stop_ids.contains(&id) {
+            self.matched = Some(Matched::Token(id));
             Some(FinishReason::Eos)
+        } else if self.limits.stop_tokens.contains(&id) {
+            self.matched = Some(Matched::Token(id));
+            Some(FinishReason::StopToken)
         } else if self.tokens >= self.limits.max_tokens {
             Some(FinishReason::MaxTokens)
         } else if self.prompt_tokens + self.tokens >= self.limits.context {
@@ -72,6 +89,11 @@ impl Completion {
     /// Returns how the completion ended, once it has.
     pub(crate) fn ended(&self) -> Option<FinishReason> {
         self.ended
+    }
+
+    /// Returns what ended the completion, where its reason alone does not say.
+    pub(crate) fn matched(&self) -> Option<Matched> {
+        self.matched
     }
 
     /// Returns the number of tokens so far.
@@ -121,7 +143,7 @@ mod tests {
     }
 
     fn limits() -> Limits {
-        Limits { max_tokens: 100, stop_ids: vec![EOS], context: 1000 }
+        Limits { max_tokens: 100, stop_ids: vec![EOS], stop_tokens: vec![5], context: 1000 }
     }
 
     #[test]
@@ -132,11 +154,17 @@ mod tests {
             (stopped.push(0).as_str(), stopped.ended()),
             ("", Some(FinishReason::StopString))
         );
+        assert_eq!(stopped.matched(), Some(Matched::String(0)));
+
+        let mut token = completion(&["cb"], limits());
+        assert_eq!((token.push(5).as_str(), token.ended()), ("c", Some(FinishReason::StopToken)));
+        assert_eq!(token.matched(), Some(Matched::Token(5)));
 
         let mut eos = completion(&["bax"], limits());
         assert_eq!(eos.push(6), "");
         assert_eq!(eos.push(EOS), "ba", "the end releases what was withheld");
         assert_eq!(eos.ended(), Some(FinishReason::Eos));
+        assert_eq!(eos.matched(), Some(Matched::Token(EOS)));
 
         let mut ignored = completion(&[], Limits { stop_ids: Vec::new(), ..limits() });
         ignored.push(EOS);
@@ -172,10 +200,12 @@ mod tests {
             stops in prop::collection::vec("[abcé]{1,3}", 0..3),
             max_tokens in 1..24_usize,
             ignore_eos: bool,
+            stop_tokens in prop::collection::vec(0..7_u32, 0..2),
         ) {
             let limits = Limits {
                 max_tokens,
                 stop_ids: if ignore_eos { Vec::new() } else { vec![EOS] },
+                stop_tokens,
                 context: 20,
             };
             let stops: Vec<&str> = stops.iter().map(String::as_str).collect();
@@ -196,6 +226,7 @@ mod tests {
                 }
                 prop_assert_eq!(resumed.ended(), whole.ended());
                 prop_assert_eq!(resumed.tokens(), whole.tokens());
+                prop_assert_eq!(resumed.matched(), whole.matched());
             }
         }
     }

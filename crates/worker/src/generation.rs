@@ -3,15 +3,16 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use futures::{StreamExt as _, stream::BoxStream};
-use tercet_engine::SequenceHandle;
+use tercet_engine::{SequenceHandle, plan::TokenLogprobs};
 use tercet_proto::v1::{self, GenerateResponse, generate_response::Event};
 use tercet_telemetry::RequestRecorder;
+use tercet_text::Tokenizer;
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 use tonic::Status;
 use tracing::Span;
 
 use crate::{
-    completion::Completion,
+    completion::{Completion, Matched},
     core::{ActiveGuard, Hosted, wire},
     failure,
     inference::passed,
@@ -31,8 +32,53 @@ pub(crate) struct Generation {
     /// When the caller stops waiting.
     pub(crate) deadline: Option<Instant>,
     pub(crate) _held: Held,
+    /// Spells the tokens of log-probabilities.
+    pub(crate) tokenizer: Arc<Tokenizer>,
+    /// The stop strings of the request.
+    pub(crate) stop_strings: Vec<String>,
+    /// The prompt, if the caller wants it back.
+    pub(crate) echo: Option<v1::Prompt>,
+    pub(crate) clock: Clock,
+    /// Tokens that were cached when the sequence left the queue first.
+    pub(crate) cached: Option<usize>,
     /// Messages to be sent before anything new.
     pub(crate) outbox: VecDeque<GenerateResponse>,
+}
+
+/// When things happened.
+pub(crate) struct Clock {
+    asked: Instant,
+    scheduled: Option<Instant>,
+    /// When the first and the last new token came.
+    tokens: Option<(Instant, Instant)>,
+}
+
+impl Clock {
+    /// Returns the clock of a request that comes in now.
+    pub(crate) fn start() -> Self {
+        Self { asked: Instant::now(), scheduled: None, tokens: None }
+    }
+
+    fn schedule(&mut self) {
+        self.scheduled.get_or_insert_with(Instant::now);
+    }
+
+    fn token(&mut self) {
+        let now = Instant::now();
+        self.tokens = Some((self.tokens.map_or(now, |(first, _)| first), now));
+    }
+
+    /// Returns how long the parts took; none for those that were not.
+    fn timings(&self) -> v1::Timings {
+        let scheduled = self.scheduled.unwrap_or(self.asked);
+        let (first, last) = self.tokens.unwrap_or((scheduled, scheduled));
+        v1::Timings {
+            queue_seconds: (scheduled - self.asked).as_secs_f64(),
+            prefill_seconds: (first - scheduled).as_secs_f64(),
+            first_token_seconds: (first - self.asked).as_secs_f64(),
+            decode_seconds: (last - first).as_secs_f64(),
+        }
+    }
 }
 
 /// What a generation holds while it lasts.
@@ -53,6 +99,7 @@ impl Generation {
     /// Returns the stream of messages, the first of which says that the request was admitted.
     pub(crate) fn into_stream(mut self, started: v1::Started, mut watched: Watched) -> Stream {
         self.outbox.push_back(message(Event::Started(started)));
+        self.outbox.extend(self.echo.take().map(|prompt| message(Event::Prompt(prompt))));
         if self.sequence.is_none() {
             self.finish(&mut watched);
         }
@@ -85,8 +132,11 @@ impl Generation {
 
     /// Turns what has happened into messages.
     fn take_in(&mut self, mail: Mail, watched: &mut Watched) -> Result<(), Status> {
-        let Mail { scheduled, first_index, ids, end } = mail;
-        if scheduled {
+        let Mail { scheduled, first_index, ids, logprobs, end } = mail;
+        if let Some(cached) = scheduled {
+            // A preempted sequence finds its own pages: that saves nothing.
+            self.cached.get_or_insert(cached);
+            self.clock.schedule();
             watched.enter(Phase::Prefill);
         }
         if !ids.is_empty() {
@@ -94,7 +144,8 @@ impl Generation {
                 return Err(failure::engine_lost());
             }
             watched.enter(Phase::Decode);
-            let delta = self.delta(ids);
+            self.clock.token();
+            let delta = self.delta(ids, logprobs);
             watched.count(delta.token_ids.len());
             self.outbox.push_back(message(Event::Delta(delta)));
         }
@@ -111,7 +162,7 @@ impl Generation {
     }
 
     /// Takes new tokens, except those after the end of the completion.
-    fn delta(&mut self, mut ids: Vec<u32>) -> v1::Delta {
+    fn delta(&mut self, mut ids: Vec<u32>, mut logprobs: Vec<TokenLogprobs>) -> v1::Delta {
         let index = self.completion.tokens();
         let mut text = String::new();
         for id in &ids {
@@ -121,7 +172,22 @@ impl Generation {
             }
         }
         ids.truncate(self.completion.tokens() - index);
-        v1::Delta { index: wire(index), token_ids: ids, text, logprobs: Vec::new() }
+        logprobs.truncate(ids.len());
+        let logprobs = ids.iter().zip(logprobs).map(|(id, logprobs)| self.spell(*id, logprobs));
+        let logprobs = logprobs.collect();
+        v1::Delta { index: wire(index), token_ids: ids, text, logprobs }
+    }
+
+    fn spell(&self, id: u32, logprobs: TokenLogprobs) -> v1::TokenLogprob {
+        let token = |id| self.tokenizer.token_bytes(id).to_vec();
+        let top = logprobs.top.into_iter();
+        v1::TokenLogprob {
+            logprob: logprobs.logprob,
+            top: top
+                .map(|(id, logprob)| v1::TopLogprob { id, logprob, token: token(id) })
+                .collect(),
+            token: token(id),
+        }
     }
 
     /// Ends the stream: the completion is complete.
@@ -130,10 +196,16 @@ impl Generation {
         let usage = v1::Usage {
             prompt_tokens: wire(self.completion.prompt_tokens()),
             completion_tokens: wire(self.completion.tokens()),
-            ..v1::Usage::default()
+            cached_tokens: wire(self.cached.unwrap_or_default()),
         };
-        let finished =
-            v1::Finished { reason: reason.into(), usage: Some(usage), ..v1::Finished::default() };
+        let matched = self.completion.matched().map(|matched| match matched {
+            Matched::String(nth) => {
+                v1::finished::Matched::StopString(self.stop_strings[nth].clone())
+            }
+            Matched::Token(id) => v1::finished::Matched::StopToken(id),
+        });
+        let timings = Some(self.clock.timings());
+        let finished = v1::Finished { reason: reason.into(), usage: Some(usage), matched, timings };
         self.outbox.push_back(message(Event::Finished(finished)));
         watched.succeed(reason, usage);
         // Ends what the engine does for it: after a stop string it would go on.

@@ -25,7 +25,7 @@ use crate::{
     completion::{Completion, Limits},
     core::{ActiveGuard, Core, Facts, Hosted, Loaded, Phase, wire},
     failure,
-    generation::{Generation, Held, Stream, Watched},
+    generation::{Clock, Generation, Held, Stream, Watched},
     grammar,
     mailbox::{End, mailbox},
     prompt::{self, Prompt},
@@ -213,15 +213,25 @@ async fn submit(
 ) -> Result<(Generation, v1::Started), Status> {
     let held = Held { _room: model.admit()?, _active: active };
     let seed = spec.seed().unwrap_or_else(draw_seed);
-    let GenerateSpec { input, sampling, stop, resume, cache_salt, grammar, .. } = spec;
+    let clock = Clock::start();
+    let GenerateSpec { input, sampling, stop, resume, cache_salt, grammar, logprobs, echo, .. } =
+        spec;
+    let vocab = model.facts.config.vocab;
+    if let Some((nth, id)) = (0..).zip(&stop.token_ids).find(|(_, id)| **id as usize >= vocab) {
+        let what = format!("must be below {vocab}, got {id}");
+        return Err(InvalidRequest::new(format!("stop.token_ids[{nth}]"), what).into());
+    }
     let resumed = resume.map(|resume| resume.token_ids).unwrap_or_default();
+    let stop_strings = stop.strings.clone();
     let loaded = blocking(&model, move |loaded| {
         let prompt = Prompt::new(input, loaded)?;
-        let decoder = StreamDecoder::new(Arc::clone(&loaded.tokenizer), stop.strings);
+        let echo = if echo { Some(prompt.echo(loaded)?) } else { None };
+        let tokenizer = Arc::clone(&loaded.tokenizer);
+        let decoder = StreamDecoder::new(Arc::clone(&tokenizer), stop.strings);
         let grammar = grammar.map(|spec| compiled(loaded, spec)).transpose()?;
-        Ok((prompt, decoder, grammar))
+        Ok((prompt, echo, tokenizer, decoder, grammar))
     });
-    let (Prompt { ids: prompt, field }, decoder, grammar) = loaded.await?;
+    let (Prompt { ids: prompt, field }, echo, tokenizer, decoder, grammar) = loaded.await?;
 
     let prompt_tokens = prompt.len();
     let limits = Limits {
@@ -229,6 +239,7 @@ async fn submit(
             .max_tokens
             .map_or(usize::MAX, |most| usize::try_from(most).unwrap_or(usize::MAX)),
         stop_ids: if stop.ignore_eos { Vec::new() } else { model.facts.eos.clone() },
+        stop_tokens: stop.token_ids,
         context: engine.context_limit(),
     };
     let tokens = prompt_tokens + resumed.len();
@@ -252,8 +263,15 @@ async fn submit(
         let request = SequenceRequest {
             prompt,
             resumed,
-            sampling: SamplingParams { grammar, ..with_defaults(&model.facts, sampling, seed) },
-            output: Output::Generate { max_tokens: limits.max_tokens, stop_ids: limits.stop_ids },
+            sampling: SamplingParams {
+                grammar,
+                top_logprobs: logprobs,
+                ..with_defaults(&model.facts, sampling, seed)
+            },
+            output: Output::Generate {
+                max_tokens: limits.max_tokens,
+                stop_ids: [limits.stop_ids, limits.stop_tokens].concat(),
+            },
             traceparent: tercet_telemetry::traceparent_of(&watched.span),
             cache_salt,
         };
@@ -265,8 +283,19 @@ async fn submit(
     watched.span.record("gen_ai.request.seed", seed);
     let started =
         v1::Started { model: model.facts.name.clone(), seed, prompt_tokens: wire(prompt_tokens) };
-    let generation =
-        Generation { model, completion, sequence, deadline, _held: held, outbox: VecDeque::new() };
+    let generation = Generation {
+        model,
+        completion,
+        sequence,
+        deadline,
+        _held: held,
+        tokenizer,
+        stop_strings,
+        echo,
+        clock,
+        cached: None,
+        outbox: VecDeque::new(),
+    };
     Ok((generation, started))
 }
 
@@ -296,6 +325,7 @@ fn with_defaults(facts: &Facts, asked: SamplingSpec, seed: u64) -> SamplingParam
         presence_penalty: asked.presence_penalty.unwrap_or_default(),
         logit_bias: asked.logit_bias,
         grammar: None,
+        top_logprobs: None,
     }
 }
 

@@ -2,7 +2,10 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tercet_engine::{EventSink, SequenceEvent, SequenceFailure, plan::Scores};
+use tercet_engine::{
+    EventSink, SequenceEvent, SequenceFailure,
+    plan::{Scores, TokenLogprobs},
+};
 use tokio::sync::Notify;
 
 /// The reader's side of one sequence.
@@ -21,12 +24,14 @@ struct Shared {
 /// What has come since the last reading.
 #[derive(Debug, Default)]
 pub(crate) struct Mail {
-    /// Whether the sequence left the queue.
-    pub(crate) scheduled: bool,
+    /// Tokens that were cached when the sequence left the queue, if it did.
+    pub(crate) scheduled: Option<usize>,
     /// Index in the completion of the first of `ids`.
     pub(crate) first_index: usize,
     /// New tokens.
     pub(crate) ids: Vec<u32>,
+    /// How likely each of `ids` was, if that was asked for.
+    pub(crate) logprobs: Vec<TokenLogprobs>,
     /// How the sequence ended; nothing follows.
     pub(crate) end: Option<End>,
 }
@@ -56,7 +61,7 @@ impl Mailbox {
     pub(crate) async fn receive(&self) -> Mail {
         loop {
             let mail = std::mem::take(&mut *lock(&self.0.mail));
-            if mail.scheduled || !mail.ids.is_empty() || mail.end.is_some() {
+            if mail.scheduled.is_some() || !mail.ids.is_empty() || mail.end.is_some() {
                 return mail;
             }
             self.0.arrived.notified().await;
@@ -71,12 +76,13 @@ impl Writer {
     fn write(&self, event: SequenceEvent) {
         let mut mail = lock(&self.0.mail);
         match event {
-            SequenceEvent::Scheduled { .. } => mail.scheduled = true,
-            SequenceEvent::Token { index, id } => {
+            SequenceEvent::Scheduled { cached } => mail.scheduled = Some(cached),
+            SequenceEvent::Token { index, id, logprobs } => {
                 if mail.ids.is_empty() {
                     mail.first_index = index;
                 }
                 mail.ids.push(id);
+                mail.logprobs.extend(logprobs);
             }
             SequenceEvent::Scores(scores) => mail.end = Some(End::Scores(scores)),
             SequenceEvent::Finished(_) => mail.end = Some(End::Finished),
@@ -110,10 +116,10 @@ mod tests {
         let (mut sink, mailbox) = mailbox();
         sink(SequenceEvent::Scheduled { cached: 0 });
         for index in 4..7 {
-            sink(SequenceEvent::Token { index, id: 10 });
+            sink(SequenceEvent::Token { index, id: 10, logprobs: None });
         }
         let mail = mailbox.receive().await;
-        assert!(mail.scheduled && mail.end.is_none());
+        assert!(mail.scheduled == Some(0) && mail.end.is_none());
         assert_eq!((mail.first_index, mail.ids), (4, vec![10; 3]));
         sink(SequenceEvent::Finished(StopReason::Eos));
         drop(sink);

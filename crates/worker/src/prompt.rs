@@ -1,7 +1,7 @@
 //! From a request to the ids the model continues. Blocking: long texts and elaborate templates
 //! take milliseconds.
 
-use tercet_proto::{Input, InvalidRequest};
+use tercet_proto::{Input, InvalidRequest, v1};
 use tercet_text::{ChatMessage, TemplateError};
 use tonic::Status;
 
@@ -41,6 +41,13 @@ impl Prompt {
             return Err(InvalidRequest::new(field, nothing).into());
         }
         Ok(Self { ids, field })
+    }
+
+    /// Returns the prompt as the caller may have it back.
+    pub(crate) fn echo(&self, loaded: &Loaded) -> Result<v1::Prompt, InvalidRequest> {
+        let text = loaded.tokenizer.decode(&self.ids, true);
+        let text = text.map_err(|error| InvalidRequest::new(self.field, error.to_string()))?;
+        Ok(v1::Prompt { token_ids: self.ids.clone(), text })
     }
 }
 

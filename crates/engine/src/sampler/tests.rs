@@ -180,6 +180,7 @@ proptest! {
             logit_bias: bias.into_iter().map(|(id, bias)| (id % vocab, bias)).collect(),
             seed: 5,
             grammar: None,
+            top_logprobs: None,
         };
         let history = History::new(prompt, completion);
         let mut sampler = Sampler::default();
@@ -227,6 +228,15 @@ fn penalties_follow_their_definitions_to_the_bit() {
         logits,
         [2.0 / 1.3, -2.0 * 1.3, 1.5 / 1.3 - (2.0 * 0.7 + 0.2), -1.5 * 1.3 - (1.0 * 0.7 + 0.2), 3.0,]
     );
+}
+
+#[test]
+fn the_largest_come_in_order_and_lower_ids_first() {
+    let values = [1.0, 3.0, -2.0, 3.0, 0.5];
+    assert_eq!(largest(&values, 0), [0_u32; 0]);
+    assert_eq!(largest(&values, 1), [1]);
+    assert_eq!(largest(&values, 4), [1, 3, 0, 4]);
+    assert_eq!(largest(&values, 9), [1, 3, 0, 4, 2]);
 }
 
 #[test]

@@ -222,13 +222,16 @@ impl Sequence {
                 Ok(vec![SequenceEvent::Failed(SequenceFailure::Grammar(why))])
             }
             (RunOutput::None, None) => Ok(Vec::new()),
-            (RunOutput::Sample, Some(RunOutcome::Token(id))) => {
+            (RunOutput::Sample, Some(RunOutcome::Token { id, logprobs })) => {
                 if id as usize >= vocab {
                     return Err("a token id beyond the vocabulary");
                 }
+                if logprobs.is_some() != self.request.sampling.top_logprobs.is_some() {
+                    return Err("log-probabilities only where they are asked for");
+                }
                 let index = self.tokens.len() - self.request.prompt.len();
                 self.tokens.push(id);
-                let mut events = vec![SequenceEvent::Token { index, id }];
+                let mut events = vec![SequenceEvent::Token { index, id, logprobs }];
                 events.extend(self.stop_reason(context).map(SequenceEvent::Finished));
                 Ok(events)
             }

@@ -83,7 +83,7 @@ impl Stages {
             let outcome = match &run.output {
                 _ if failed => RunOutcome::NonFinite,
                 RunOutput::None => continue,
-                RunOutput::Sample => RunOutcome::Token(next_token(&held())),
+                RunOutput::Sample => RunOutcome::Token { id: next_token(&held()), logprobs: None },
                 RunOutput::Score(targets) => RunOutcome::Scores(Scores {
                     logprobs: targets.iter().map(|id| -(*id as f32)).collect(),
                     top_ids: held().split_off(run.position),
@@ -217,7 +217,7 @@ fn drain(scheduler: Scheduler) -> (HashMap<RequestKey, Vec<SequenceEvent>>, Load
 fn tokens_of(events: &[SequenceEvent]) -> Vec<u32> {
     let mut tokens = Vec::new();
     for event in events {
-        if let SequenceEvent::Token { index, id } = event {
+        if let SequenceEvent::Token { index, id, .. } = event {
             assert_eq!(*index, tokens.len(), "indices ascend by one");
             tokens.push(*id);
         }
@@ -289,7 +289,7 @@ fn a_resume_goes_on_at_the_next_index_or_is_complete() {
         let rest: Vec<(usize, u32)> = told
             .iter()
             .filter_map(|event| match event {
-                SequenceEvent::Token { index, id } => Some((*index, *id)),
+                SequenceEvent::Token { index, id, .. } => Some((*index, *id)),
                 _ => None,
             })
             .collect();
@@ -332,7 +332,10 @@ fn a_result_that_does_not_fit_is_refused() {
     assert!(scheduler.apply(StepResult { step: 0, results: vec![] }).is_err());
     scheduler.submit(RequestKey(1), request(&[1, 2], 1)).unwrap();
     let planned = scheduler.plan().unwrap();
-    let stray = RunResult { sequence: SequenceId(99), outcome: RunOutcome::Token(1) };
+    let stray = RunResult {
+        sequence: SequenceId(99),
+        outcome: RunOutcome::Token { id: 1, logprobs: None },
+    };
     let result = StepResult { step: planned.plan.step, results: vec![stray] };
     assert!(scheduler.apply(result).is_err());
     assert_eq!(scheduler.abandon(), [RequestKey(1)]);

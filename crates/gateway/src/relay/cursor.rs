@@ -120,6 +120,8 @@ impl Cursor {
                 ));
             }
             delta.token_ids.drain(..known.len());
+            let told = known.len().min(delta.logprobs.len());
+            delta.logprobs.drain(..told);
             delta.index = next;
         }
         self.ids.extend_from_slice(&delta.token_ids);

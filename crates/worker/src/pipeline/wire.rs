@@ -8,7 +8,7 @@ use tercet_engine::{
     SamplingParams, StageFrame,
     plan::{
         OpenSequence, PageId, Run, RunOutcome, RunOutput, RunResult, Scores, SequenceId, StepPlan,
-        StepResult,
+        StepResult, TokenLogprobs,
     },
 };
 use tercet_proto::{GrammarSpec, Reason, v1};
@@ -60,7 +60,7 @@ fn open(open: OpenSequence) -> v1::OpenSequence {
             frequency_penalty: sampling.frequency_penalty,
             presence_penalty: sampling.presence_penalty,
             logit_bias: sampling.logit_bias,
-            top_logprobs: None,
+            top_logprobs: sampling.top_logprobs,
             grammar: sampling.grammar.as_deref().map(grammar::message),
         }),
         traceparent: open.traceparent,
@@ -124,6 +124,7 @@ fn read_open(step: u64, open: v1::OpenSequence) -> Result<OpenSequence, WireErro
                 .grammar
                 .and_then(GrammarSpec::read)
                 .map(|spec| Arc::new(grammar::grammar(spec))),
+            top_logprobs: sampler.top_logprobs,
         })
         .filter(SamplingParams::are_usable)
         .ok_or(WireError::Sampler { step, sequence })?;
@@ -155,7 +156,7 @@ fn read_run(run: v1::Run) -> Run {
 /// Returns a result as a message.
 pub(crate) fn result(epoch: u64, result: StepResult) -> v1::StepResult {
     let outcome = |outcome| match outcome {
-        RunOutcome::Token(id) => v1::run_result::Outcome::TokenId(id),
+        RunOutcome::Token { id, .. } => v1::run_result::Outcome::TokenId(id),
         RunOutcome::Scores(Scores { logprobs, top_ids }) => {
             v1::run_result::Outcome::Scores(v1::ScoreResult { logprobs, top_ids })
         }
@@ -166,10 +167,21 @@ pub(crate) fn result(epoch: u64, result: StepResult) -> v1::StepResult {
     };
     let results = result.results.into_iter().map(|run| v1::RunResult {
         sequence: run.sequence.0,
+        logprobs: logprobs(&run.outcome),
         outcome: Some(outcome(run.outcome)),
-        logprobs: None,
     });
     v1::StepResult { epoch, step: result.step, results: results.collect() }
+}
+
+fn logprobs(outcome: &RunOutcome) -> Option<v1::SampledLogprobs> {
+    let RunOutcome::Token { logprobs: Some(logprobs), .. } = outcome else { return None };
+    let (top_ids, top_logprobs) = logprobs.top.iter().copied().unzip();
+    Some(v1::SampledLogprobs { logprob: logprobs.logprob, top_ids, top_logprobs })
+}
+
+fn read_logprobs(logprobs: v1::SampledLogprobs) -> TokenLogprobs {
+    let v1::SampledLogprobs { logprob, top_ids, top_logprobs } = logprobs;
+    TokenLogprobs { logprob, top: top_ids.into_iter().zip(top_logprobs).collect() }
 }
 
 /// Reads a result.
@@ -178,7 +190,9 @@ pub(crate) fn read_result(message: v1::StepResult) -> Result<StepResult, WireErr
     let read = |run: v1::RunResult| {
         let sequence = run.sequence;
         let outcome = match run.outcome.ok_or(WireError::Outcome { step, sequence })? {
-            v1::run_result::Outcome::TokenId(id) => RunOutcome::Token(id),
+            v1::run_result::Outcome::TokenId(id) => {
+                RunOutcome::Token { id, logprobs: run.logprobs.map(read_logprobs) }
+            }
             v1::run_result::Outcome::Scores(v1::ScoreResult { logprobs, top_ids }) => {
                 RunOutcome::Scores(Scores { logprobs, top_ids })
             }
@@ -214,6 +228,7 @@ mod tests {
             presence_penalty: 1.5,
             logit_bias: [(3, -100.0), (9, 0.25)].into(),
             grammar: Some(Arc::new(Grammar::Regex("[ab]+".to_owned()))),
+            top_logprobs: Some(0),
         };
         let run = |sequence, rows, output| Run {
             sequence: SequenceId(sequence),
@@ -262,7 +277,11 @@ mod tests {
     #[test]
     fn results_survive_the_wire() {
         let outcomes = [
-            RunOutcome::Token(0),
+            RunOutcome::Token { id: 0, logprobs: None },
+            RunOutcome::Token {
+                id: 1,
+                logprobs: Some(TokenLogprobs { logprob: -0.5, top: vec![(2, -0.25), (1, -0.5)] }),
+            },
             RunOutcome::Scores(Scores { logprobs: vec![-0.5], top_ids: vec![1, 2] }),
             RunOutcome::NonFinite,
             RunOutcome::Grammar("no token fits".to_owned()),

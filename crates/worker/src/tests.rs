@@ -1,5 +1,6 @@
 //! Workers on loopback sockets over the built-in model.
 
+mod choices;
 mod cluster;
 mod deadlines;
 mod drain;
@@ -216,8 +217,11 @@ async fn read_on(
                 answer.ids.extend(delta.token_ids);
                 answer.text.push_str(&delta.text);
             }
-            Some(Event::Finished(finished)) => {
+            Some(Event::Finished(mut finished)) => {
                 assert_eq!(next(stream).await?, None, "finished is last");
+                // Of all that is told, only this differs from time to time.
+                let timings = finished.timings.take().unwrap();
+                assert!(timings.first_token_seconds >= timings.queue_seconds, "{timings:?}");
                 return Ok(Answer { finished, ..answer });
             }
             other => panic!("{other:?}"),

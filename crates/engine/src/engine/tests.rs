@@ -64,7 +64,20 @@ fn prompts(n: usize) -> Vec<Vec<u32>> {
 }
 
 fn sampled(seed: u64) -> SamplingParams {
-    SamplingParams { temperature: 0.9, top_p: 0.95, seed, ..SamplingParams::greedy() }
+    // Other settings with every seed, so that the whole battery runs with each of them.
+    let on = |bit: u32| seed >> bit & 1 == 1;
+    SamplingParams {
+        temperature: if seed % 5 == 4 { 0.0 } else { 0.9 },
+        top_p: 0.95,
+        seed,
+        min_p: if on(1) { 0.02 } else { 0.0 },
+        repetition_penalty: if on(0) { 1.3 } else { 1.0 },
+        frequency_penalty: if on(2) { 0.4 } else { 0.0 },
+        presence_penalty: if on(1) { -0.3 } else { 0.0 },
+        logit_bias: if on(0) { [(5, 4.0), (77, -9.0)].into() } else { [].into() },
+        top_logprobs: on(0).then_some(3),
+        ..SamplingParams::greedy()
+    }
 }
 
 fn submit(engine: &Engine, asked: SequenceRequest) -> (SequenceHandle, Receiver<SequenceEvent>) {
@@ -440,4 +453,44 @@ fn scores_fit_their_prompt_in_chunks() {
         all.push(scores.unwrap());
     }
     assert!(all.iter().all(|scores| *scores == all[0]));
+}
+
+/// The log-probabilities of a completion are those that `Score` gives its tokens, whatever the
+/// penalties and wherever the completion was resumed.
+#[test]
+fn logprobs_are_those_of_the_model() {
+    let prompt = &prompts(3)[1];
+    let engine = Engine::load(&demo::model().unwrap(), &options()).unwrap();
+    let told = |asked: SequenceRequest| {
+        let (_handle, receiver) = submit(&engine, asked);
+        let told = receiver.iter().filter_map(|event| match event {
+            SequenceEvent::Token { id, logprobs, .. } => Some((id, logprobs.unwrap())),
+            _ => None,
+        });
+        told.collect::<Vec<_>>()
+    };
+    let asked = request(prompt, 15, sampled(3));
+    let whole = told(asked.clone());
+    assert_eq!(whole.len(), 15);
+    let ids: Vec<u32> = prompt.iter().copied().chain(whole.iter().map(|(id, _)| *id)).collect();
+    let score = SequenceRequest { output: Output::Score, ..request(&ids, 1, sampled(0)) };
+    let (_handle, receiver) = submit(&engine, score);
+    let scores = receiver.iter().find_map(|event| match event {
+        SequenceEvent::Scores(scores) => Some(scores),
+        _ => None,
+    });
+    let scores = scores.unwrap();
+    for (index, (id, logprobs)) in whole.iter().enumerate() {
+        let row = prompt.len() + index - 1;
+        assert_eq!(logprobs.logprob.to_bits(), scores.logprobs[row].to_bits(), "{index}");
+        assert_eq!(logprobs.top.len(), 3);
+        assert_eq!(logprobs.top[0].0, scores.top_ids[row]);
+        assert!(logprobs.top.is_sorted_by(|a, b| a.1 >= b.1));
+        let own = logprobs.top.iter().find(|(top, _)| top == id);
+        assert!(own.is_none_or(|(_, logprob)| logprob.to_bits() == logprobs.logprob.to_bits()));
+    }
+    for cut in [1, 7, 14] {
+        let resumed = ids[prompt.len()..][..cut].to_vec();
+        assert_eq!(told(SequenceRequest { resumed, ..asked.clone() }), whole[cut..]);
+    }
 }

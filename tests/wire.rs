@@ -60,6 +60,10 @@ fn public_spellings_hold() -> Result<()> {
             "stop.ignore_eos",
             "resume.seed",
             "resume.token_ids",
+            "grammar.json_schema",
+            "grammar.json_object",
+            "grammar.regex",
+            "grammar.choice.texts",
         ],
     )?;
     reaches(

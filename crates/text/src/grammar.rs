@@ -30,6 +30,8 @@ const KEPT: usize = 64;
 /// Stack for compiling and following: the library recurses over the grammar, so that a large schema
 /// would overflow the stack of a thread. Only what is used of it becomes memory.
 const STACK: usize = 256 << 20;
+/// White space between the parts of a JSON value: a space, or a line break and an indentation.
+const WHITE_SPACE: &str = r" |\n[ \t]{0,20}";
 /// Longest message of the library that is passed on, in characters.
 const MESSAGE: usize = 300;
 
@@ -37,7 +39,8 @@ const MESSAGE: usize = 300;
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
 pub enum Grammar {
     /// A JSON value that fits this JSON Schema (draft 2020-12 unless it says otherwise; `$ref`
-    /// within the schema only).
+    /// within the schema only). Between its parts there is at most a space, or a line break with an
+    /// indentation.
     JsonSchema(String),
     /// Any JSON object.
     JsonObject,
@@ -183,13 +186,11 @@ impl Grammars {
     fn compile_new(&self, grammar: &Grammar) -> Result<Matcher, GrammarError> {
         let invalid = |error: &dyn fmt::Display| GrammarError::Invalid(error.to_string());
         let top = match grammar {
-            Grammar::JsonSchema(schema) => TopLevelGrammar::from_json_schema(
+            Grammar::JsonSchema(schema) => json(
                 serde_json::from_str(schema)
                     .map_err(|error| invalid(&format_args!("the schema is no JSON: {error}")))?,
             ),
-            Grammar::JsonObject => {
-                TopLevelGrammar::from_json_schema(serde_json::json!({ "type": "object" }))
-            }
+            Grammar::JsonObject => json(serde_json::json!({ "type": "object" })),
             Grammar::Regex(expression) => TopLevelGrammar::from_regex(expression),
             Grammar::Choice(texts) => {
                 if texts.is_empty() || texts.iter().any(String::is_empty) {
@@ -309,6 +310,16 @@ fn limits() -> ParserLimits {
         verbose_errors: false,
         ..ParserLimits::default()
     }
+}
+
+/// Returns the grammar of a schema with bounded white space, unless it has a rule of its own: a
+/// model that may go on with spaces for ever does.
+fn json(mut schema: serde_json::Value) -> TopLevelGrammar {
+    if let Some(schema) = schema.as_object_mut() {
+        let rule = || serde_json::json!({ "whitespace_pattern": WHITE_SPACE });
+        schema.entry("x-guidance").or_insert_with(rule);
+    }
+    TopLevelGrammar::from_json_schema(schema)
 }
 
 /// Writes a choice as a grammar of literal alternatives.

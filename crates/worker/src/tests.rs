@@ -5,6 +5,7 @@ mod cluster;
 mod deadlines;
 mod drain;
 mod generate;
+mod grammar;
 mod models;
 mod pipeline;
 mod refusals;

@@ -3,7 +3,7 @@ use tercet_proto::Reason;
 use super::*;
 
 /// Starts a head and its later stages, cut at the given layers, and waits until all are ready.
-async fn pipeline(cuts: &[usize], registry: &MemoryRegistry) -> Vec<Node> {
+pub(super) async fn pipeline(cuts: &[usize], registry: &MemoryRegistry) -> Vec<Node> {
     let bounds: Vec<usize> =
         [0].iter().chain(cuts).copied().chain([demo::model().unwrap().config.layers]).collect();
     let mut nodes = Vec::new();

@@ -70,15 +70,9 @@ fn text(tokenizer: &Tokenizer, ids: &[u32]) -> String {
 fn answers_are_of_the_form() {
     let tokenizer = tokenizer();
     let asked = asked();
-    let mut complete = 0;
     for (asked, ids) in asked.iter().zip(alone(&asked)) {
         let shown = text(&tokenizer, &ids);
-        if !tokenizer.special().eos.contains(ids.last().unwrap()) {
-            // White space, which JSON allows anywhere, may fill the room.
-            assert_eq!(ids.len(), 160, "{shown}");
-            continue;
-        }
-        complete += 1;
+        assert!(tokenizer.special().eos.contains(ids.last().unwrap()), "{shown}");
         match asked.sampling.grammar.as_deref().unwrap() {
             Grammar::JsonSchema(_) => {
                 let value: serde_json::Value = serde_json::from_str(&shown).unwrap();
@@ -94,7 +88,6 @@ fn answers_are_of_the_form() {
             Grammar::JsonObject => unreachable!("none asks for it"),
         }
     }
-    assert!(complete >= asked.len() / 2, "{complete} of {} are complete", asked.len());
 }
 
 #[test]

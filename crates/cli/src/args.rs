@@ -43,7 +43,7 @@ pub(crate) struct Cli {
 #[derive(Args, Debug)]
 pub(crate) struct ConfigurationArgs {
     /// Configuration file, in TOML: the long flags without dashes are its keys, a table such as
-    /// [worker] holds what is for one command alone [default: tercet/tercet.toml in
+    /// `[worker]` holds what is for one command alone [default: tercet/tercet.toml in
     /// $XDG_CONFIG_HOME or ~/.config, else /etc/tercet/tercet.toml]
     #[arg(long, env = "TERCET_CONFIG", value_name = "FILE", global = true)]
     pub(crate) config: Option<PathBuf>,

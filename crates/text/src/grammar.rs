@@ -128,9 +128,9 @@ impl Grammars {
         };
         let words: Vec<Vec<u8>> = (0..count)
             .map(|id| match tokenizer.token_bytes(id) {
-                // Special tokens and gaps stand for no text: a name that no text contains keeps
-                // them out of every grammar.
-                [] => {
+                // Special tokens and gaps stand for no text, nor do tokens that end it, which a
+                // model may spell: a name that no text contains keeps them out of every grammar.
+                bytes if bytes.is_empty() || ends.contains(&id) => {
                     let mut name = vec![TokTrie::SPECIAL_TOKEN_MARKER];
                     name.extend(format!("<[{id}]>").into_bytes());
                     name

@@ -148,6 +148,12 @@ JSONS = {
         decoder=LEVEL,
     ),
 }
+# Finds: what these put around a text is not there.
+JSONS["unknown-special"] = JSONS["byte-level"] | {"post_processor": START | {"special_tokens": {}}}
+SECOND = START | {"single": START["pair"]}
+JSONS["second-sequence"] = JSONS["byte-level"] | {
+    "post_processor": {"type": "Sequence", "processors": [LEVEL, SECOND]}
+}
 for name, value in JSONS.items():
     save("tokenizer", name, json.dumps(value, ensure_ascii=False))
 

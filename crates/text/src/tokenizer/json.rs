@@ -35,6 +35,9 @@ pub(super) fn build(text: &str) -> Result<Parts, TokenizerError> {
     // Both are settings of a training run that the file carries along; transformers drops them.
     inner.with_padding(None);
     inner.with_truncation(None).map_err(malformed)?;
+    if let Some(processor) = inner.get_post_processor() {
+        check_pieces(&serde_json::to_value(processor).map_err(malformed)?)?;
+    }
 
     let mut texts = HashMap::new();
     for (token, id) in inner.get_vocab(true) {
@@ -153,6 +156,25 @@ fn check(file: File) -> Result<Decoder, TokenizerError> {
         }
     }
     Ok(decoder)
+}
+
+/// Refuses a template that puts around a text what is not there: the library would panic over it.
+fn check_pieces(processor: &Value) -> Result<(), TokenizerError> {
+    processor["processors"].as_array().into_iter().flatten().try_for_each(check_pieces)?;
+    for piece in processor["single"].as_array().into_iter().flatten() {
+        let known = match piece["SpecialToken"]["id"].as_str() {
+            Some(name) => processor["special_tokens"].get(name).is_some(),
+            None => piece["Sequence"]["id"] == "A",
+        };
+        if !known {
+            return Err(TokenizerError::UnsupportedSetting {
+                setting: "post_processor.single",
+                found: format!("`{piece}`"),
+                expected: "the sequence `A` and tokens of its `special_tokens`",
+            });
+        }
+    }
+    Ok(())
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "the shape `map_err` wants")]

@@ -118,7 +118,12 @@ pub async fn collect(
                 text.push_str(&delta.text);
             }
             Event::Prompt(_) => {}
-            Event::Finished(finished) => {
+            Event::Finished(mut finished) => {
+                // How it was computed is no part of the answer: it differs from run to run.
+                ensure!(finished.timings.take().is_some(), "finished without timings");
+                if let Some(usage) = &mut finished.usage {
+                    usage.cached_tokens = 0;
+                }
                 ensure!(stream.message().await?.is_none(), "a message after finished");
                 let started = started.context("finished without started")?;
                 return Ok(Completion { started, ids, text, finished });

@@ -24,7 +24,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
 const KEEPS_OUT: &[(&str, &[&str], &str)] = &[
     ("kernels", &["libc", "rayon", "tokio", "tracing"], "arithmetic needs no system"),
     ("text", &["hyper", "memmap2", "prost", "tokio", "tonic"], "it is pure"),
-    ("engine", &["anyhow", "hyper", "prost", "tokio", "tonic"], "compute threads never await"),
+    ("engine", &["hyper", "prost", "tokio", "tonic"], "compute threads never await"),
     ("proto", &["clap", "tracing-subscriber"], "clients use it too"),
     (
         "gateway",

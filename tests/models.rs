@@ -244,7 +244,9 @@ async fn memory_of_an_unloaded_model_is_given_back() -> Result<()> {
         );
         after_unload.push(unloaded);
     }
-    // The allocator keeps some memory for its threads; after two rounds it has met all of them.
-    ensure!(after_unload[4] <= after_unload[2] + 4, "memory grows: {after_unload:?} MiB");
+    // The allocator keeps some memory for its threads; after two rounds it has met all of them. What
+    // it has not given back yet when one round is measured is gone in the other; a leak is in both.
+    let last = after_unload[3].min(after_unload[4]);
+    ensure!(last <= after_unload[2] + 4, "memory grows: {after_unload:?} MiB");
     Ok(())
 }

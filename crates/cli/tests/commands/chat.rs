@@ -99,8 +99,10 @@ impl Terminal {
     fn start(line: &str, state: &str) -> Self {
         let binary = tercet(words(line));
         let mut command = Command::new("script");
-        let line = format!("{} {line}", binary.get_program().to_str().unwrap());
-        command.args(["-q", "-e", "-c", &line, "/dev/null"]);
+        // A shell that stays between would die of Ctrl-C itself and tell that instead of our code.
+        // Some replace themselves by the last command of `-c`, some do not.
+        let line = format!("exec {} {line}", binary.get_program().to_str().unwrap());
+        command.args(["-q", "-e", "-c", &line, "/dev/null"]).env("SHELL", "/bin/sh");
         for (name, value) in binary.get_envs() {
             match value {
                 Some(value) => command.env(name, value),

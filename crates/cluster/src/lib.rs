@@ -23,8 +23,8 @@ pub use self::{
     etcd::{EtcdOptions, EtcdRegistry},
     memory::MemoryRegistry,
     record::{
-        ClusterName, InvalidName, LayerRange, ModelRecord, ModelState, RecordError, WorkerId,
-        WorkerRecord, WorkerState,
+        ClusterName, InvalidName, InvalidRate, LayerRange, ModelRecord, ModelState, Rate,
+        RecordError, WorkerId, WorkerRecord, WorkerState,
     },
     registration::Registration,
     view::View,

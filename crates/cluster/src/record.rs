@@ -1,9 +1,13 @@
 //! What is known of a worker, and its form in the store: versioned JSON.
 
+mod rate;
+
 use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+
+pub use self::rate::{InvalidRate, Rate};
 
 /// Version of the stored form. Readers skip records of other versions; fields may be added to a
 /// version as long as old readers can do without them.
@@ -159,6 +163,15 @@ pub struct ModelRecord {
     /// Greater for each later model of the worker, also of the same name.
     #[serde(default)]
     pub generation: u64,
+    /// Tokens of all sequences together that its KV memory holds; 0 until it is loaded.
+    #[serde(default)]
+    pub kv_tokens: u64,
+    /// Completion tokens it made, of all sequences together, while it made any.
+    #[serde(default, skip_serializing_if = "Rate::is_unknown")]
+    pub decode_rate: Rate,
+    /// Prompt tokens it took in while it took in any.
+    #[serde(default, skip_serializing_if = "Rate::is_unknown")]
+    pub prefill_rate: Rate,
 }
 
 /// What a worker tells of itself.
@@ -265,6 +278,9 @@ mod tests {
                 vocab_size: 1024,
                 state: ModelState::Ready,
                 generation: 0,
+                kv_tokens: 8192,
+                decode_rate: Rate::default(),
+                prefill_rate: Rate::default(),
             }],
             max_sequences: 16,
         }
@@ -279,11 +295,21 @@ mod tests {
                 r#"{"version":1,"id":"w-1","address":"10.0.0.1:7171","epoch":7,"state":"ready","#,
                 r#""models":[{"name":"demo","identity":"ab","header_digest":"cd","#,
                 r#""layers":{"start":0,"end":6},"layer_count":6,"context_length":512,"#,
-                r#""vocab_size":1024,"state":"ready","generation":0}],"#,
+                r#""vocab_size":1024,"state":"ready","generation":0,"kv_tokens":8192}],"#,
                 r#""max_sequences":16}"#
             )
         );
         assert_eq!(WorkerRecord::decode("w-1", stored.as_bytes()).unwrap(), record());
+    }
+
+    #[test]
+    fn measured_rates_are_stored() {
+        let mut measured = record();
+        measured.models[0].decode_rate = Rate::measured(11.7);
+        measured.models[0].prefill_rate = Rate::measured(0.25);
+        let stored = String::from_utf8(measured.encode()).unwrap();
+        assert!(stored.contains(r#""decode_rate":12.0,"prefill_rate":0.25}]"#), "{stored}");
+        assert_eq!(WorkerRecord::decode("w-1", stored.as_bytes()).unwrap(), measured);
     }
 
     #[test]
@@ -303,8 +329,12 @@ mod tests {
             let refused = decode("w-1", malformed.clone());
             assert!(matches!(refused, Err(RecordError::Malformed(_))), "{malformed}");
         }
-        let older = stored.replace(",\"state\":\"ready\",\"generation\":0}]", "}]");
-        assert_eq!(decode("w-1", older).unwrap(), record(), "models without a state are ready");
+        let (state, capacity) = (",\"state\":\"ready\",\"generation\":0", ",\"kv_tokens\":8192");
+        let older = stored.replace(&format!("{state}{capacity}}}]"), "}]");
+        assert_ne!(older, stored);
+        let mut expected = record();
+        expected.models[0].kv_tokens = 0;
+        assert_eq!(decode("w-1", older).unwrap(), expected, "models without a state are ready");
         let grown = stored.replace("\"epoch\"", "\"zone\":\"a\",\"epoch\"");
         assert_eq!(decode("w-1", grown).unwrap(), record(), "an added field is skipped");
     }

@@ -5,8 +5,8 @@ use std::{future::Future, sync::Arc, time::Duration};
 use tokio::{sync::watch, time};
 
 use crate::{
-    ClusterError, LayerRange, ModelRecord, ModelState, Registry, View, WorkerId, WorkerRecord,
-    WorkerState,
+    ClusterError, LayerRange, ModelRecord, ModelState, Rate, Registry, View, WorkerId,
+    WorkerRecord, WorkerState,
 };
 
 /// Longest any step of a test may take, on a machine with other things to do.
@@ -41,6 +41,9 @@ pub(crate) fn record(id: &str, epoch: u64) -> WorkerRecord {
             vocab_size: 1000,
             state: ModelState::Ready,
             generation: 0,
+            kv_tokens: 512,
+            decode_rate: Rate::measured(40.0),
+            prefill_rate: Rate::measured(900.0),
         }],
         max_sequences: 8,
     }

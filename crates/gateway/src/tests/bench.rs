@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use futures::{Stream, StreamExt};
 use tercet_cluster::{
-    LayerRange, MemoryRegistry, ModelRecord, ModelState, Registration, Registry, WorkerRecord,
+    LayerRange, MemoryRegistry, ModelRecord, ModelState, Rate, Registration, Registry, WorkerRecord,
     WorkerState,
 };
 use tercet_proto::v1;
@@ -70,6 +70,9 @@ pub(super) fn model(name: &str, identity: &str) -> ModelRecord {
         vocab_size: 32_000,
         state: ModelState::Ready,
         generation: 0,
+        kv_tokens: 0,
+        decode_rate: Rate::default(),
+        prefill_rate: Rate::default(),
     }
 }
 

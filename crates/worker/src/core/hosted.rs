@@ -7,9 +7,9 @@ use std::{
     time::Duration,
 };
 
-use tercet_cluster::{LayerRange, ModelRecord, ModelState};
+use tercet_cluster::{LayerRange, ModelRecord, ModelState, Rate};
 use tercet_engine::{
-    ComputePool, Engine, EngineOptions, ModelConfig,
+    ComputePool, Engine, EngineOptions, ModelConfig, PAGE_POSITIONS,
     model_file::{GenerationDefaults, ModelFile},
 };
 use tercet_proto::{Reason, v1};
@@ -353,6 +353,19 @@ impl Hosted {
             vocab_size: wire(facts.config.vocab),
             state,
             generation: self.generation,
+            kv_tokens: self.kv_tokens(),
+            decode_rate: Rate::default(),
+            prefill_rate: Rate::default(),
         }
+    }
+
+    /// Returns how many tokens the KV memory holds; 0 until the model is loaded.
+    fn kv_tokens(&self) -> u64 {
+        let pages = match self.loaded().as_ref().map(|loaded| &loaded.role) {
+            Some(Role::Engine(engine)) => engine.load_now().pages,
+            Some(Role::Stage(stage)) => stage.kv_pages,
+            None => 0,
+        };
+        (pages * PAGE_POSITIONS) as u64
     }
 }

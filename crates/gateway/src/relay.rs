@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::Stream;
-use tercet_proto::{GenerateSpec, Input, Reason, ResumeSpec, v1};
+use tercet_proto::{ASSUMED_TOKENS, GenerateSpec, Input, Reason, ResumeSpec, v1};
 use tercet_telemetry::{Component, MoveCause, Operation, RequestRecorder};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
@@ -31,9 +31,6 @@ use self::cursor::{Cursor, Step};
 
 /// How long a worker without room is left alone when it does not say so itself.
 const DEFAULT_BACK_OFF: Duration = Duration::from_millis(200);
-
-/// Tokens that a request without `max_tokens` is assumed to take, as load of its worker.
-const ASSUMED_TOKENS: u64 = 256;
 
 /// What a relay starts with.
 #[derive(Debug)]

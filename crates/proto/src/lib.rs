@@ -44,6 +44,9 @@ pub mod v1 {
 /// Descriptors of every proto file of `tercet.v1`, encoded, comments included.
 pub const FILE_DESCRIPTOR_SET: &[u8] = tonic::include_file_descriptor_set!("tercet");
 
+/// Tokens that a request without `max_tokens` is assumed to take, as load of its worker.
+pub const ASSUMED_TOKENS: u64 = 256;
+
 #[cfg(test)]
 mod tests {
     use prost::Message;

@@ -24,7 +24,7 @@ use crate::{
     core::{Core, Facts, Hosted, Phase, Progress, wire},
     failure,
     hosting::{self, HostError},
-    load,
+    load, report,
 };
 
 /// Tells what the worker holds, and changes it.
@@ -65,6 +65,7 @@ impl AdministrationService {
 #[tonic::async_trait]
 impl Worker for AdministrationService {
     type LoadModelStream = BoxStream<'static, Result<v1::LoadModelResponse, Status>>;
+    type WatchLoadStream = BoxStream<'static, Result<v1::LoadReport, Status>>;
 
     async fn describe(
         &self,
@@ -156,6 +157,14 @@ impl Worker for AdministrationService {
         let unloaded = self.core.tasks.spawn(hosting::unload(model, grace)).await;
         let moved = unloaded.map_err(|error| Status::internal(error.to_string()))?;
         Ok(Response::new(v1::UnloadModelResponse { moved_streams: wire(moved) }))
+    }
+
+    async fn watch_load(
+        &self,
+        request: Request<v1::WatchLoadRequest>,
+    ) -> Result<Response<Self::WatchLoadStream>, Status> {
+        let interval = report::interval(request.get_ref());
+        Ok(Response::new(report::reports(Arc::clone(&self.core), interval).boxed()))
     }
 }
 
@@ -253,11 +262,13 @@ fn refused(error: &LoadError) -> Status {
 
 /// Returns what is held of a model.
 fn held(model: &Hosted) -> v1::HeldModel {
-    let (identity, state, detail) = match model.phase() {
-        Phase::Ready(identity) => (identity, v1::ModelState::Ready, Arc::from("")),
-        Phase::Loading(why) => (Arc::from(""), v1::ModelState::Loading, why.into()),
-        Phase::Draining => (Arc::from(""), v1::ModelState::Draining, Arc::from("")),
-        Phase::Failed(why) => (Arc::from(""), v1::ModelState::Failed, why),
+    let phase = model.phase();
+    let state = phase.wire();
+    let (identity, detail) = match phase {
+        Phase::Ready(identity) => (identity, Arc::from("")),
+        Phase::Loading(why) => (Arc::from(""), why.into()),
+        Phase::Draining => (Arc::from(""), Arc::from("")),
+        Phase::Failed(why) => (Arc::from(""), why),
     };
     let facts = &model.facts;
     v1::HeldModel {

@@ -43,6 +43,8 @@ pub(crate) struct Core {
     models: RwLock<BTreeMap<String, Arc<Hosted>>>,
     /// Grows with every change of the models and of their phases.
     changes: watch::Sender<u64>,
+    /// Grows whenever something begins or ends at one of the models.
+    traffic: watch::Sender<u64>,
     draining: AtomicBool,
     /// Cancelled when a drain has lasted too long: whatever is active must end.
     pub(crate) evicted: CancellationToken,
@@ -65,6 +67,7 @@ impl Core {
             metrics,
             models: RwLock::default(),
             changes: watch::Sender::new(0),
+            traffic: watch::Sender::new(0),
             draining: AtomicBool::new(false),
             evicted: CancellationToken::new(),
             closing: CancellationToken::new(),
@@ -106,6 +109,11 @@ impl Core {
     /// Returns a receiver that changes with the models and their phases.
     pub(crate) fn changes(&self) -> watch::Receiver<u64> {
         self.changes.subscribe()
+    }
+
+    /// Returns a receiver that changes when something begins or ends at one of the models.
+    pub(crate) fn traffic(&self) -> watch::Receiver<u64> {
+        self.traffic.subscribe()
     }
 
     /// Returns the models, by name.
@@ -205,17 +213,26 @@ impl Core {
         !models.is_empty() && models.iter().all(failed)
     }
 
-    /// Returns what the registry should say of the worker.
-    pub(crate) fn record(&self) -> WorkerRecord {
-        let models = self.models();
-        let phases: Vec<Phase> = models.iter().map(|model| model.phase()).collect();
-        let state = if self.is_draining() {
+    /// Returns what the worker takes.
+    pub(crate) fn state(&self) -> WorkerState {
+        self.state_of(&self.models().iter().map(|model| model.phase()).collect::<Vec<_>>())
+    }
+
+    fn state_of(&self, phases: &[Phase]) -> WorkerState {
+        if self.is_draining() {
             WorkerState::Draining
         } else if phases.iter().any(|phase| matches!(phase, Phase::Ready(_))) {
             WorkerState::Ready
         } else {
             WorkerState::Loading
-        };
+        }
+    }
+
+    /// Returns what the registry should say of the worker.
+    pub(crate) fn record(&self) -> WorkerRecord {
+        let models = self.models();
+        let phases: Vec<Phase> = models.iter().map(|model| model.phase()).collect();
+        let state = self.state_of(&phases);
         WorkerRecord {
             id: self.config.id.clone(),
             address: self.config.address.clone(),
@@ -233,34 +250,44 @@ pub(crate) fn wire(size: usize) -> u32 {
 }
 
 /// Counts what is in progress.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Active(watch::Sender<usize>);
+#[derive(Clone, Debug)]
+pub(crate) struct Active {
+    count: watch::Sender<usize>,
+    /// Grows with every change of the count, of whichever model.
+    traffic: watch::Sender<u64>,
+}
 
 /// One thing in progress.
 #[derive(Debug)]
-pub(crate) struct ActiveGuard(watch::Sender<usize>);
+pub(crate) struct ActiveGuard(Active);
 
 impl Active {
+    fn new(traffic: watch::Sender<u64>) -> Self {
+        Self { count: watch::Sender::default(), traffic }
+    }
+
     /// Counts one more until the guard is dropped.
     pub(crate) fn begin(&self) -> ActiveGuard {
-        self.0.send_modify(|active| *active += 1);
-        ActiveGuard(self.0.clone())
+        self.count.send_modify(|active| *active += 1);
+        self.traffic.send_modify(|changes| *changes += 1);
+        ActiveGuard(self.clone())
     }
 
     /// Returns how much is in progress.
     pub(crate) fn count(&self) -> usize {
-        *self.0.borrow()
+        *self.count.borrow()
     }
 
     /// Returns when nothing is in progress.
     pub(crate) async fn idle(&self) {
-        let waited = self.0.subscribe().wait_for(|active| *active == 0).await.map(drop);
+        let waited = self.count.subscribe().wait_for(|active| *active == 0).await.map(drop);
         debug_assert!(waited.is_ok(), "the sender is `self`");
     }
 }
 
 impl Drop for ActiveGuard {
     fn drop(&mut self) {
-        self.0.send_modify(|active| *active -= 1);
+        self.0.count.send_modify(|active| *active -= 1);
+        self.0.traffic.send_modify(|changes| *changes += 1);
     }
 }

@@ -17,6 +17,7 @@ use crate::{
     failure,
     inference::passed,
     mailbox::{End, Mail, Mailbox},
+    meter::Debt,
     span::{self, Phase},
 };
 
@@ -31,7 +32,7 @@ pub(crate) struct Generation {
     pub(crate) sequence: Option<(Mailbox, SequenceHandle)>,
     /// When the caller stops waiting.
     pub(crate) deadline: Option<Instant>,
-    pub(crate) _held: Held,
+    pub(crate) held: Held,
     /// Spells the tokens of log-probabilities.
     pub(crate) tokenizer: Arc<Tokenizer>,
     /// The stop strings of the request.
@@ -85,6 +86,7 @@ impl Clock {
 pub(crate) struct Held {
     pub(crate) _room: OwnedSemaphorePermit,
     pub(crate) _active: ActiveGuard,
+    pub(crate) debt: Debt,
 }
 
 /// What is told of a generation to operators.
@@ -145,6 +147,7 @@ impl Generation {
             }
             watched.enter(Phase::Decode);
             self.clock.token();
+            self.held.debt.pay(ids.len());
             let delta = self.delta(ids, logprobs);
             watched.count(delta.token_ids.len());
             self.outbox.push_back(message(Event::Delta(delta)));

@@ -106,6 +106,8 @@ impl InferenceService {
         let (_, engine) = model.serving()?;
         let _room = model.admit()?;
         let length = spec.tokens.len();
+        let mut debt = model.meter.admit();
+        debt.owe(length, 0);
         let (sink, mailbox) = mailbox();
         let request = SequenceRequest {
             prompt: spec.tokens,
@@ -211,7 +213,7 @@ async fn submit(
     active: ActiveGuard,
     watched: &mut Watched,
 ) -> Result<(Generation, v1::Started), Status> {
-    let held = Held { _room: model.admit()?, _active: active };
+    let mut held = Held { _room: model.admit()?, _active: active, debt: model.meter.admit() };
     let seed = spec.seed().unwrap_or_else(draw_seed);
     let clock = Clock::start();
     let GenerateSpec { input, sampling, stop, resume, cache_salt, grammar, logprobs, echo, .. } =
@@ -258,6 +260,8 @@ async fn submit(
     let sequence = if completion.ended().is_some() {
         None
     } else {
+        let left = stop.max_tokens.map(|most| u64::from(most).saturating_sub(resumed.len() as u64));
+        held.debt.owe(tokens, left.unwrap_or(tercet_proto::ASSUMED_TOKENS));
         watched.phase = Some((span::Phase::Queue, span::phase(&watched.span, span::Phase::Queue)));
         let (sink, mailbox) = mailbox();
         let request = SequenceRequest {
@@ -288,7 +292,7 @@ async fn submit(
         completion,
         sequence,
         deadline,
-        _held: held,
+        held,
         tokenizer,
         stop_strings,
         echo,

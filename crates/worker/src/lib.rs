@@ -32,8 +32,10 @@ mod inference;
 mod load;
 mod mailbox;
 mod membership;
+mod meter;
 mod pipeline;
 mod prompt;
+mod report;
 mod span;
 #[cfg(test)]
 mod tests;

@@ -64,8 +64,11 @@ pub(crate) fn load(file: &ModelFile, model: &Hosted) -> Result<Loaded, LoadError
         let engine = Engine::load_on(file, &options, pool, None, reading)?;
         model.keep_kv(engine.kv_bytes());
         let parts = engine.part_digests(hashing)?;
-        let (metrics, name) = (metrics.clone(), facts.name.clone());
-        engine.observe_steps(Box::new(move |report| count(&metrics, &name, report)));
+        let (metrics, name, meter) = (metrics.clone(), facts.name.clone(), model.meter.clone());
+        engine.observe_steps(Box::new(move |report| {
+            count(&metrics, &name, report);
+            meter.step(&report.shape, report.elapsed);
+        }));
         (Role::Engine(Arc::new(engine)), parts)
     };
     Ok(Loaded { tokenizer, template, grammars, parts, role })

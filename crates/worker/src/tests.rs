@@ -9,6 +9,7 @@ mod grammar;
 mod models;
 mod pipeline;
 mod refusals;
+mod reports;
 
 use std::{future::Future, ops::Range, sync::Arc, time::Duration};
 

@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use super::{Active, ActiveGuard, Core, budget::KvShare, wire};
-use crate::{Config, ModelSpec, pipeline::Stage};
+use crate::{Config, ModelSpec, meter::Meter, pipeline::Stage};
 
 /// When callers of a model that loads, or has no room, should come back.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -47,6 +47,16 @@ impl Phase {
             Self::Ready(_) => "ready",
             Self::Draining => "draining",
             Self::Failed(_) => "failed",
+        }
+    }
+
+    /// Returns the state as it is written on the wire.
+    pub(crate) fn wire(&self) -> v1::ModelState {
+        match self {
+            Self::Loading(_) => v1::ModelState::Loading,
+            Self::Ready(_) => v1::ModelState::Ready,
+            Self::Draining => v1::ModelState::Draining,
+            Self::Failed(_) => v1::ModelState::Failed,
         }
     }
 }
@@ -105,13 +115,15 @@ pub(crate) struct Hosted {
     /// One permit for each request that the engine may hold.
     room: Arc<Semaphore>,
     /// Greater for each later model of the worker.
-    generation: u64,
+    pub(crate) generation: u64,
     /// Its part of the worker's KV memory, for as long as it may use it.
     share: Mutex<Option<KvShare>>,
     /// How far the loading is.
     pub(crate) progress: watch::Sender<Progress>,
     /// Streams, scorings and pipeline links in progress.
     pub(crate) active: Active,
+    /// What its requests still take, and how fast it computes them.
+    pub(crate) meter: Meter,
     /// Cancelled when a drain has lasted too long: whatever is active must end.
     pub(crate) evicted: CancellationToken,
     /// Cancelled when the model is to leave memory. Nothing is active any more, or has been told
@@ -170,7 +182,8 @@ impl Hosted {
             generation,
             share: Mutex::new(Some(share)),
             progress: watch::Sender::default(),
-            active: Active::default(),
+            active: Active::new(core.traffic.clone()),
+            meter: Meter::default(),
             evicted: core.evicted.child_token(),
             closing: core.closing.child_token(),
             gone: CancellationToken::new(),

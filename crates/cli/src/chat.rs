@@ -47,6 +47,7 @@ pub(crate) fn run(
 async fn chat(args: &ChatArgs, given: BTreeMap<String, Vec<String>>) -> Result<()> {
     let backend = Backend::new(&args.backend).await?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for Ctrl-C")?;
+    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let history = if args.no_history { None } else { input::history_path(variable) };
     let mut input = Input::new(history)?;
     if input::is_terminal() {
@@ -59,32 +60,14 @@ async fn chat(args: &ChatArgs, given: BTreeMap<String, Vec<String>>) -> Result<(
         is_verbose: args.verbose,
         file: None,
     };
-    let mut interrupts = 0;
-    loop {
-        match input.next(&mut interrupt).await? {
-            Typed::Entry(text) => {
-                interrupts = 0;
-                let entry = Entry::parse(&text);
-                if entry == Entry::Quit {
-                    break;
-                }
-                if let Err(error) = session.obey(entry, &mut interrupt).await {
-                    if failure::is_broken_pipe(&error) {
-                        return Err(error);
-                    }
-                    complain(&failure::message(&error))?;
-                }
-            }
-            Typed::Interrupt if interrupts > 0 => break,
-            Typed::Interrupt => {
-                interrupts += 1;
-                print_line("Ctrl-C again or /quit ends the conversation.")?;
-            }
-            Typed::End => break,
-        }
-    }
+    let talked = tokio::select! {
+        talked = session.talk(&mut input, &mut interrupt) => talked,
+        _ = terminate.recv() => Ok(()),
+    };
+    // First of all the terminal: its owner waits for it.
+    drop(input);
     session.backend.stop().await;
-    Ok(())
+    talked
 }
 
 /// Says what went wrong; the conversation goes on.
@@ -103,6 +86,34 @@ struct Session {
 }
 
 impl Session {
+    /// Takes entries until the last.
+    async fn talk(&mut self, input: &mut Input, interrupt: &mut Signal) -> Result<()> {
+        let mut interrupts = 0;
+        loop {
+            match input.next(interrupt).await? {
+                Typed::Entry(text) => {
+                    interrupts = 0;
+                    let entry = Entry::parse(&text);
+                    if entry == Entry::Quit {
+                        return Ok(());
+                    }
+                    if let Err(error) = self.obey(entry, interrupt).await {
+                        if failure::is_broken_pipe(&error) {
+                            return Err(error);
+                        }
+                        complain(&failure::message(&error))?;
+                    }
+                }
+                Typed::Interrupt if interrupts > 0 => return Ok(()),
+                Typed::Interrupt => {
+                    interrupts += 1;
+                    print_line("Ctrl-C again or /quit ends the conversation.")?;
+                }
+                Typed::End => return Ok(()),
+            }
+        }
+    }
+
     async fn obey(&mut self, entry: Entry, interrupt: &mut Signal) -> Result<()> {
         match entry {
             Entry::Nothing | Entry::Quit => {}

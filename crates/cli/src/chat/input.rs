@@ -1,16 +1,17 @@
 //! Where entries come from: a terminal with a line editor, or a pipe.
 
 use std::{
-    io::{self, BufRead as _, IsTerminal as _},
+    io::{self, BufRead as _, IsTerminal as _, Write as _},
     path::{Path, PathBuf},
     sync::mpsc::{Receiver, SyncSender, sync_channel},
 };
 
 use anyhow::{Context as _, Result};
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use rustyline::{
     CompletionType, Config, Editor, Helper,
     completion::Completer,
-    error::ReadlineError,
+    error::{ReadlineError, Signal as SeenSignal},
     highlight::Highlighter,
     hint::Hinter,
     history::FileHistory,
@@ -22,6 +23,8 @@ use super::entry::{COMMANDS, goes_on, name};
 
 /// Entries that the history keeps.
 const HISTORY: usize = 1000;
+/// Ends what the line editor asked of the terminal besides its mode, and the line.
+const LEAVE: &[u8] = b"\x1b[?2004l\n";
 
 /// What came of a wait for an entry.
 #[derive(Debug)]
@@ -34,22 +37,26 @@ pub(super) enum Typed {
 
 /// Reads entries, one when asked.
 ///
-/// On a thread of its own, which ends with the process: a read cannot be called off.
+/// On a thread of its own, which ends with the process: a read cannot be called off. What it does
+/// to the terminal meanwhile is undone when this is dropped.
 #[derive(Debug)]
 pub(super) struct Input {
     wanted: SyncSender<()>,
     typed: mpsc::Receiver<Result<Typed>>,
     /// Whether an entry has been asked for that has not come.
     is_waiting: bool,
+    /// The mode in which the terminal was found, if there is one.
+    found: Option<Termios>,
 }
 
 impl Input {
     /// Reads from stdin; `history` is the file that remembers what was typed at a terminal.
     pub(super) fn new(history: Option<PathBuf>) -> Result<Self> {
-        let mut source = if is_terminal() {
-            Source::Terminal(Box::new(Terminal::new(history)?))
+        let (mut source, found) = if is_terminal() {
+            let found = tcgetattr(io::stdin()).context("read the mode of the terminal")?;
+            (Source::Terminal(Box::new(Terminal::new(history)?)), Some(found))
         } else {
-            Source::Pipe
+            (Source::Pipe, None)
         };
         let (wanted, wants): (_, Receiver<()>) = sync_channel(1);
         let (sender, typed) = mpsc::channel(1);
@@ -61,7 +68,7 @@ impl Input {
                 },
             )
             .context("start the thread that reads lines")?;
-        Ok(Self { wanted, typed, is_waiting: false })
+        Ok(Self { wanted, typed, is_waiting: false, found })
     }
 
     /// Returns the next entry.
@@ -80,6 +87,17 @@ impl Input {
             }
             _ = interrupt.recv() => Ok(Typed::Interrupt),
         }
+    }
+}
+
+impl Drop for Input {
+    fn drop(&mut self) {
+        let Some(found) = self.found.as_ref().filter(|_| self.is_waiting) else { return };
+        // A terminal that is gone needs no care.
+        if let Err(error) = tcsetattr(io::stdin(), OptionalActions::Now, found) {
+            tracing::debug!(%error, "the terminal keeps its mode");
+        }
+        drop(io::stdout().write_all(LEAVE));
     }
 }
 
@@ -147,7 +165,10 @@ impl Terminal {
                 self.remember(&entry);
                 Ok(Typed::Entry(entry))
             }
-            Err(ReadlineError::Interrupted) => Ok(Typed::Interrupt),
+            // A key, or a signal from elsewhere.
+            Err(ReadlineError::Interrupted | ReadlineError::Signal(SeenSignal::Interrupt)) => {
+                Ok(Typed::Interrupt)
+            }
             Err(ReadlineError::Eof) => Ok(Typed::End),
             Err(error) => Err(error).context("read the next line"),
         }

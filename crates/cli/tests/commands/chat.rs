@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use crate::support::{Running, Scratch, tercet, words};
+use crate::support::{Running, Scratch, signal, tercet};
 
 /// How long an expected text may take.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -28,7 +28,7 @@ fn a_chat_goes_on_after_an_interrupt() {
 }
 
 /// Returns what a chat prints to stdout when these lines are piped in.
-fn piped(line: &str, entries: &str) -> String {
+pub(crate) fn piped(line: &str, entries: &str) -> String {
     let mut chat = Running::start(line);
     chat.0.stdin.take().unwrap().write_all(entries.as_bytes()).unwrap();
     let mut said = String::new();
@@ -97,11 +97,16 @@ struct Terminal {
 
 impl Terminal {
     fn start(line: &str, state: &str) -> Self {
-        let binary = tercet(words(line));
-        let mut command = Command::new("script");
         // A shell that stays between would die of Ctrl-C itself and tell that instead of our code.
         // Some replace themselves by the last command of `-c`, some do not.
-        let line = format!("exec {} {line}", binary.get_program().to_str().unwrap());
+        Self::run(&format!("exec tercet {line}"), state)
+    }
+
+    /// Runs a line of a shell; `tercet` in it is the binary.
+    fn run(line: &str, state: &str) -> Self {
+        let binary = tercet([""; 0]);
+        let mut command = Command::new("script");
+        let line = line.replace("tercet", binary.get_program().to_str().unwrap());
         command.args(["-q", "-e", "-c", &line, "/dev/null"]).env("SHELL", "/bin/sh");
         for (name, value) in binary.get_envs() {
             match value {
@@ -227,4 +232,35 @@ fn entries_of_several_lines_are_one() {
     terminal.press("/qu\t\r");
     assert_eq!(terminal.end(), Some(0), "Tab completes");
     assert!(!scratch.0.join("state").exists(), "no history was asked for");
+}
+
+#[test]
+fn sigterm_ends_a_chat_and_leaves_the_terminal_as_it_was() {
+    let scratch = Scratch::new("chat-sigterm");
+    let line =
+        "stty -g; sh -c 'echo pid $$.; exec tercet chat --no-history'; echo code $?; stty -g";
+    let mut terminal = Terminal::run(line, &scratch.file("state"));
+    let before = terminal.expect("pid ");
+    let pid = terminal.expect(".").parse().unwrap();
+    terminal.expect("/help");
+    terminal.expect("> ");
+    // The line editor is there.
+    terminal.press("half a li");
+    terminal.expect("half a li");
+    signal(pid, "-TERM");
+    let said = terminal.expect("code 0\r\n");
+    assert!(said.contains("\x1b[?2004l"), "bracketed paste is off: {said:?}");
+    let after = terminal.expect("\r\n");
+    assert_eq!(after.trim(), before.trim());
+    assert_eq!(terminal.end(), Some(0));
+}
+
+#[test]
+fn sigterm_ends_an_answer() {
+    let mut chat = Running::start("chat --ignore-eos --seed 1");
+    let mut stdin = chat.0.stdin.take().unwrap();
+    stdin.write_all(b"Speak, my lord.\n").unwrap();
+    chat.0.stdout.take().unwrap().read_exact(&mut [0]).unwrap();
+    chat.signal("-TERM");
+    assert_eq!(chat.0.wait().unwrap().code(), Some(0));
 }

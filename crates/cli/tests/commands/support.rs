@@ -70,9 +70,14 @@ impl Running {
     }
 
     pub(crate) fn signal(&self, signal: &str) {
-        let sent = Command::new("kill").args([signal, &self.0.id().to_string()]).status().unwrap();
-        assert!(sent.success());
+        self::signal(self.0.id(), signal);
     }
+}
+
+/// Sends a signal, such as `-TERM`.
+pub(crate) fn signal(process: u32, signal: &str) {
+    let sent = Command::new("kill").args([signal, &process.to_string()]).status().unwrap();
+    assert!(sent.success());
 }
 
 /// A folder that goes with its test.

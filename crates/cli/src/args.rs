@@ -1,6 +1,7 @@
 //! The command line: every setting once, with its flag, its environment variable and its help.
 
 mod model;
+mod sampling;
 mod values;
 
 use std::{num::NonZeroUsize, path::PathBuf, time::Duration};
@@ -13,9 +14,10 @@ use tercet_kernels::Isa;
 use tercet_telemetry::LogFormat;
 use tercet_worker::{ModelSource, ModelSpec};
 
-use self::values::{byte_size, duration, fraction, layers, served_model, temperature};
+use self::values::{byte_size, duration, layers, served_model};
 pub(crate) use self::{
     model::{ModelAction, ModelCommand, PullArgs, WorkerAddress},
+    sampling::SamplingArgs,
     values::{ByteSize, Layers, ServedModel},
 };
 use crate::{failure::misconfigured, profile::Profile};
@@ -342,34 +344,6 @@ pub(crate) struct BackendArgs {
     pub(crate) engine: ComputeArgs,
 }
 
-/// How tokens are chosen and when a text ends.
-#[derive(Args, Clone, Debug, Default)]
-pub(crate) struct SamplingArgs {
-    /// Most tokens to generate [default: what is left of the context]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) max_tokens: Option<u32>,
-    /// Makes the draws repeatable: the same seed gives the same text [default: drawn]
-    #[arg(long, value_name = "N")]
-    pub(crate) seed: Option<u64>,
-    /// Flattens (above 1) or sharpens (below 1) the choice; 0 takes the likeliest token
-    /// [default: the model's]
-    #[arg(long, env = "TERCET_TEMPERATURE", value_name = "T", value_parser = temperature)]
-    pub(crate) temperature: Option<f32>,
-    /// Chooses among the N likeliest tokens; 0 among all [default: the model's]
-    #[arg(long, env = "TERCET_TOP_K", value_name = "N")]
-    pub(crate) top_k: Option<u32>,
-    /// Chooses among the likeliest tokens that together have this probability [default: the
-    /// model's]
-    #[arg(long, env = "TERCET_TOP_P", value_name = "P", value_parser = fraction)]
-    pub(crate) top_p: Option<f32>,
-    /// Ends the text before this string; may be given several times
-    #[arg(long, value_name = "TEXT")]
-    pub(crate) stop: Vec<String>,
-    /// Goes on past the tokens that end a text
-    #[arg(long)]
-    pub(crate) ignore_eos: bool,
-}
-
 /// `tercet generate`.
 #[derive(Args, Debug)]
 pub(crate) struct GenerateArgs {
@@ -380,6 +354,13 @@ pub(crate) struct GenerateArgs {
     pub(crate) prompt: String,
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
+    /// Prints a line for each token instead of the text: its natural log-probability, its id, what
+    /// it stands for, and the N likeliest tokens at its place
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=20))]
+    pub(crate) logprobs: Option<u32>,
+    /// Prints the prompt first, as the model got it
+    #[arg(long)]
+    pub(crate) echo: bool,
 }
 
 /// `tercet chat`.

@@ -15,7 +15,7 @@ use tercet_engine::EngineOptions;
 use tercet_gateway::{Dialer as _, LocalDialer};
 use tercet_proto::{
     InvalidRequest,
-    v1::{GenerateRequest, ListModelsRequest, ModelInfo, Sampling, Stop, generate_request::Input},
+    v1::{GenerateRequest, ListModelsRequest, ModelInfo},
 };
 use tercet_telemetry::Metrics;
 use tercet_worker::{ModelSource, ModelSpec, ServeError, Worker};
@@ -25,7 +25,7 @@ use tonic::{Code, Status};
 pub(crate) use self::generation::{Generation, Piece};
 use self::servers::Servers;
 use crate::{
-    args::{BackendArgs, SamplingArgs},
+    args::BackendArgs,
     failure::{misconfigured, unbuilt},
     progress::{load_line, showing},
 };
@@ -51,30 +51,9 @@ impl Backend {
         Ok(Self { servers, model, local: JoinSet::new() })
     }
 
-    /// Starts a generation.
-    pub(crate) async fn generate(
-        &mut self,
-        input: Input,
-        sampling: &SamplingArgs,
-    ) -> Result<Generation<'_>> {
-        let request = GenerateRequest {
-            model: self.model.clone(),
-            input: Some(input),
-            sampling: Some(Sampling {
-                temperature: sampling.temperature,
-                top_k: sampling.top_k,
-                top_p: sampling.top_p,
-                seed: sampling.seed,
-                ..Sampling::default()
-            }),
-            stop: Some(Stop {
-                max_tokens: sampling.max_tokens,
-                strings: sampling.stop.clone(),
-                ignore_eos: sampling.ignore_eos.then_some(true),
-                ..Stop::default()
-            }),
-            ..GenerateRequest::default()
-        };
+    /// Starts a generation, of the model in use.
+    pub(crate) async fn generate(&mut self, request: GenerateRequest) -> Result<Generation<'_>> {
+        let request = GenerateRequest { model: self.model.clone(), ..request };
         Generation::start(&mut self.servers, request).await
     }
 

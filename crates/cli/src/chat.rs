@@ -45,6 +45,8 @@ pub(crate) fn run(
 }
 
 async fn chat(args: &ChatArgs, given: BTreeMap<String, Vec<String>>) -> Result<()> {
+    // Flags that exclude each other are refused before the first entry.
+    args.sampling.request(generate_request::Input::Prompt(String::new()))?;
     let backend = Backend::new(&args.backend).await?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for Ctrl-C")?;
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
@@ -261,7 +263,7 @@ impl Said {
         asked: generate_request::Input,
         sampling: &SamplingArgs,
     ) -> Result<()> {
-        let mut generation = backend.generate(asked, sampling).await?;
+        let mut generation = backend.generate(sampling.request(asked)?).await?;
         let mut reading = String::from("waiting for a turn");
         loop {
             let piece = match self.first {
@@ -270,11 +272,12 @@ impl Said {
             };
             match piece {
                 Piece::Prompt(tokens) => reading = format!("reading {tokens} tokens"),
-                Piece::Text(text) => {
+                Piece::Echo(_) => {}
+                Piece::Delta(delta) => {
                     self.last = Instant::now();
                     self.first.get_or_insert(self.last);
-                    print(&text)?;
-                    self.text.push_str(&text);
+                    print(&delta.text)?;
+                    self.text.push_str(&delta.text);
                 }
                 Piece::Finished(finished) => {
                     self.usage = finished.usage;

@@ -1,15 +1,17 @@
 //! `tercet generate`: a prompt continued on stdout.
 
+mod listing;
+
 use std::io::{self, IsTerminal as _};
 
 use anyhow::Result;
 use futures::FutureExt as _;
-use tercet_proto::v1::generate_request::Input;
+use tercet_proto::v1::{Delta, GenerateRequest, Logprobs, Prompt, generate_request::Input};
 
 use crate::{
     args::{GenerateArgs, LogArgs},
     backend::{Backend, Piece},
-    output::print,
+    output::{print, print_line},
     process::{self, Identity},
     progress::showing,
 };
@@ -20,9 +22,14 @@ pub(crate) fn run(args: &GenerateArgs, log: &LogArgs) -> Result<()> {
 }
 
 async fn generate(args: &GenerateArgs) -> Result<()> {
+    let request = GenerateRequest {
+        logprobs: args.logprobs.map(|top| Logprobs { top }),
+        echo: args.echo.then_some(true),
+        ..args.sampling.request(Input::Prompt(args.prompt.clone()))?
+    };
+    let is_listing = request.logprobs.is_some();
     let mut backend = Backend::new(&args.backend).await?;
-    let input = Input::Prompt(args.prompt.clone());
-    let mut generation = backend.generate(input, &args.sampling).await?;
+    let mut generation = backend.generate(request).await?;
     let mut ends_line = true;
     let mut reading = String::from("waiting for a turn");
     loop {
@@ -33,7 +40,14 @@ async fn generate(args: &GenerateArgs) -> Result<()> {
         };
         match piece {
             Piece::Prompt(tokens) => reading = format!("reading {tokens} prompt tokens"),
-            Piece::Text(text) => {
+            Piece::Echo(prompt) if is_listing => {
+                print_line(&listing::prompt(&prompt))?;
+            }
+            Piece::Delta(delta) if is_listing => {
+                reading.clear();
+                print(&listing::tokens(&delta))?;
+            }
+            Piece::Echo(Prompt { text, .. }) | Piece::Delta(Delta { text, .. }) => {
                 reading.clear();
                 if !text.is_empty() {
                     print(&text)?;

@@ -89,6 +89,35 @@ pub(super) fn fraction(text: &str) -> Result<f32, String> {
     number.ok_or_else(|| "expected a number above 0 and at most 1".to_owned())
 }
 
+/// Reads a probability.
+pub(super) fn share(text: &str) -> Result<f32, String> {
+    let number = text.parse().ok().filter(|number: &f32| (0.0..=1.0).contains(number));
+    number.ok_or_else(|| "expected a number from 0 to 1".to_owned())
+}
+
+/// Reads a repetition penalty.
+pub(super) fn factor(text: &str) -> Result<f32, String> {
+    let number = text.parse().ok().filter(|number: &f32| number.is_finite() && *number > 0.0);
+    number.ok_or_else(|| "expected a finite number above 0".to_owned())
+}
+
+/// Reads a frequency or presence penalty.
+pub(super) fn penalty(text: &str) -> Result<f32, String> {
+    let number = text.parse().ok().filter(|number: &f32| (-2.0..=2.0).contains(number));
+    number.ok_or_else(|| "expected a number from -2 to 2".to_owned())
+}
+
+/// Reads `ID=BIAS`.
+pub(super) fn bias(text: &str) -> Result<(u32, f32), String> {
+    let expected = "expected a token and a number from -100 to 100, such as 42=-100";
+    let (id, bias) = text.split_once('=').ok_or(expected)?;
+    let bias: f32 = bias.parse().map_err(|_| expected)?;
+    if !(-100.0..=100.0).contains(&bias) {
+        return Err(expected.to_owned());
+    }
+    Ok((id.parse().map_err(|_| expected)?, bias))
+}
+
 /// Splits a number from what follows it.
 fn split_unit(text: &str) -> (&str, &str) {
     let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
@@ -156,5 +185,15 @@ mod tests {
         assert!(temperature("-0.1").is_err() && temperature("NaN").is_err());
         assert_eq!(fraction("1"), Ok(1.0));
         assert!(fraction("0").is_err() && fraction("1.1").is_err() && fraction("NaN").is_err());
+        assert_eq!((share("0"), share("1")), (Ok(0.0), Ok(1.0)));
+        assert!(share("-0.1").is_err() && share("1.1").is_err() && share("NaN").is_err());
+        assert_eq!(factor("1.1"), Ok(1.1));
+        assert!(factor("0").is_err() && factor("inf").is_err() && factor("NaN").is_err());
+        assert_eq!(penalty("-2"), Ok(-2.0));
+        assert!(penalty("2.1").is_err() && penalty("NaN").is_err());
+        assert_eq!(bias("42=-100"), Ok((42, -100.0)));
+        for wrong in ["", "42", "42=", "=1", "-1=1", "42=101", "42=NaN"] {
+            assert!(bias(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -8,7 +8,10 @@ use std::time::Duration;
 use anyhow::Result;
 use tercet_proto::{
     is_movable, retry_after,
-    v1::{Delta, Finished, GenerateRequest, GenerateResponse, Resume, generate_response::Event},
+    v1::{
+        Delta, Finished, GenerateRequest, GenerateResponse, Prompt, Resume,
+        generate_response::Event,
+    },
 };
 use tonic::{Status, Streaming};
 
@@ -26,8 +29,10 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(4);
 pub(crate) enum Piece {
     /// The prompt, in tokens, is being read.
     Prompt(u32),
+    /// The prompt itself, if it was asked for.
+    Echo(Prompt),
     /// More of the text; may be empty.
-    Text(String),
+    Delta(Delta),
     /// The text is complete.
     Finished(Finished),
 }
@@ -49,6 +54,8 @@ pub(crate) struct Generation<'a> {
     text_alone: Option<(usize, usize)>,
     /// Streams begun after the first.
     moves: usize,
+    /// Whether the prompt has come back: a resumed stream repeats it.
+    is_echoed: bool,
 }
 
 impl<'a> Generation<'a> {
@@ -74,6 +81,7 @@ impl<'a> Generation<'a> {
             attempts: 0,
             text_alone: None,
             moves: 0,
+            is_echoed: false,
         })
     }
 
@@ -87,10 +95,14 @@ impl<'a> Generation<'a> {
                         return Ok(Piece::Prompt(started.prompt_tokens));
                     }
                     Some(Event::Delta(delta)) => {
-                        if let Some(text) = self.take(delta) {
-                            return Ok(Piece::Text(text));
+                        if let Some(delta) = self.take(delta) {
+                            return Ok(Piece::Delta(delta));
                         }
                         continue;
+                    }
+                    Some(Event::Prompt(prompt)) if !self.is_echoed => {
+                        self.is_echoed = true;
+                        return Ok(Piece::Echo(prompt));
                     }
                     Some(Event::Finished(finished)) => return Ok(Piece::Finished(finished)),
                     Some(Event::Started(_) | Event::Prompt(_)) | None => continue,
@@ -104,18 +116,18 @@ impl<'a> Generation<'a> {
         }
     }
 
-    /// Takes new tokens in and returns their text.
-    fn take(&mut self, delta: Delta) -> Option<String> {
+    /// Takes new tokens in and returns what is new.
+    fn take(&mut self, delta: Delta) -> Option<Delta> {
         if delta.token_ids.is_empty() {
             let at = (self.ids.len(), self.moves);
             let is_repeated =
                 self.text_alone.is_some_and(|(ids, moves)| ids == at.0 && moves != at.1);
             self.text_alone = Some(at);
-            return (!is_repeated).then_some(delta.text);
+            return (!is_repeated).then_some(delta);
         }
         self.ids.extend_from_slice(&delta.token_ids);
         self.attempts = 0;
-        Some(delta.text)
+        Some(delta)
     }
 
     /// Begins a stream that goes on where the broken one ended.

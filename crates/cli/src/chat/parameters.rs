@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use clap::{ArgAction, Args as _, Command, FromArgMatches as _};
 
-use crate::{args::SamplingArgs, output::alike, settings};
+use tercet_proto::v1::generate_request::Input;
+
+use crate::{args::SamplingArgs, failure, output::alike, settings};
 
 /// The sampling flags in force.
 #[derive(Debug)]
@@ -19,8 +21,11 @@ pub(super) struct Parameters {
 impl Parameters {
     /// Returns the flags as they were given: `given` has the words of those in `args`.
     pub(super) fn new(args: SamplingArgs, mut given: BTreeMap<String, Vec<String>>) -> Self {
-        let names = names();
-        given.retain(|name, _| names.contains(name));
+        let (names, table) = (names(), table());
+        // A switch that is off is as if it were not there.
+        given.retain(|name, words| {
+            names.contains(name) && !(is_switch(&table, name) && words[..] == ["false"])
+        });
         Self { given, set: BTreeMap::new(), current: args }
     }
 
@@ -40,12 +45,15 @@ impl Parameters {
         }
         let mut set = self.set.clone();
         match value {
-            Some(value) => set.insert(name.to_owned(), vec![value.to_owned()]),
+            Some(value) => set.insert(name.to_owned(), words(value)),
             None => set.remove(name),
         };
-        self.current = parse(&merged(&self.given, &set))
-            .map_err(|what| format!("{name} {}: {what}", value.unwrap_or_default()))?;
-        self.set = set;
+        let wrong = |what: String| format!("{name} {}: {what}", value.unwrap_or_default());
+        let current = parse(&merged(&self.given, &set)).map_err(wrong)?;
+        // What the flags exclude of each other comes out now and not with the next answer.
+        let asked = Input::Prompt(String::new());
+        current.request(asked).map_err(|error| wrong(failure::message(&error)))?;
+        (self.current, self.set) = (current, set);
         Ok(())
     }
 
@@ -54,6 +62,11 @@ impl Parameters {
         let all = merged(&self.given, &self.set);
         all.iter().map(|(name, words)| format!("{name} {}", words.join(" "))).collect()
     }
+}
+
+/// Returns the words of a value: a JSON list of strings has several.
+fn words(value: &str) -> Vec<String> {
+    serde_json::from_str(value).unwrap_or_else(|_| vec![value.to_owned()])
 }
 
 fn merged(
@@ -75,17 +88,18 @@ fn names() -> Vec<String> {
     table().get_arguments().filter_map(|arg| arg.get_long()).map(str::to_owned).collect()
 }
 
+fn is_switch(table: &Command, name: &str) -> bool {
+    table
+        .get_arguments()
+        .any(|arg| arg.get_long() == Some(name) && matches!(arg.get_action(), ArgAction::SetTrue))
+}
+
 fn parse(all: &BTreeMap<String, Vec<String>>) -> Result<SamplingArgs, String> {
     let table = table();
-    let is_switch = |name: &str| {
-        table.get_arguments().any(|arg| {
-            arg.get_long() == Some(name) && matches!(arg.get_action(), ArgAction::SetTrue)
-        })
-    };
     let mut words = Vec::new();
     for (name, values) in all {
         for value in values {
-            match (is_switch(name), value.as_str()) {
+            match (is_switch(&table, name), value.as_str()) {
                 (true, "true") => words.push(format!("--{name}")),
                 (true, "false") => {}
                 (true, _) => return Err("expected true or false".to_owned()),
@@ -127,6 +141,23 @@ mod tests {
         parameters.set("temperature", None).unwrap();
         assert_eq!(parameters.current().temperature, None);
         assert_eq!(parameters.current().top_k, Some(5));
+    }
+
+    #[test]
+    fn forms_and_lists_are_set() {
+        let mut parameters = Parameters::new(SamplingArgs::default(), BTreeMap::new());
+        parameters.set("choice", Some(r#"["yes", "no, never"]"#)).unwrap();
+        assert_eq!(parameters.current().choice, ["yes", "no, never"]);
+        let said = parameters.set("regex", Some("a+")).unwrap_err();
+        assert!(said.starts_with("regex a+: --regex and --choice are both given"), "{said}");
+        assert_eq!(parameters.current().regex, None);
+        parameters.set("choice", None).unwrap();
+        parameters.set("regex", Some("[a-z]+")).unwrap();
+        assert_eq!(parameters.current().regex.as_deref(), Some("[a-z]+"));
+        parameters.set("logit-bias", Some("3=-1.5,4=2")).unwrap();
+        assert_eq!(parameters.current().logit_bias, [(3, -1.5), (4, 2.0)]);
+        parameters.set("frequency-penalty", Some("-0.5")).unwrap();
+        assert_eq!(parameters.current().frequency_penalty, Some(-0.5));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 mod chat;
 mod resume;
+mod sampling;
 mod support;
 mod usage;
 

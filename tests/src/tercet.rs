@@ -71,9 +71,17 @@ impl Tercet {
     ///
     /// Returns an error if it ends before, with what it said.
     pub fn start(args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Result<Self> {
-        let mut command = Self::command(args);
+        Self::spawn(&mut Self::command(args))
+    }
+
+    /// Starts a server by a command of [`Tercet::command`], as [`Tercet::start`] does.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error as [`Tercet::start`] does.
+    pub fn spawn(command: &mut Command) -> Result<Self> {
         let name = format!("{:?}", command.get_args().collect::<Vec<_>>());
-        let mut process = Process::start(&name, &mut command)?;
+        let mut process = Process::start(&name, command)?;
         let earlier = RefCell::new(Vec::new());
         let address = process.line("line `listening on`", |line| {
             earlier.borrow_mut().push(line.to_owned());

@@ -7,6 +7,8 @@
 //!   when dropped. [`Process`] is what they are made of.
 //! - [`Client`] is a client of the public service, [`collect`] reads a stream and holds it to its
 //!   promises.
+//! - [`synthetic`] is a worker without a model, [`Network`] and [`Host`] are machines of their own,
+//!   [`relay`] is a bad network.
 //! - [`run`] runs a command to its end; [`Scratch`] is a directory for one test.
 //!
 //! The tests themselves are `tests.rs` and the modules it names.
@@ -14,8 +16,11 @@
 mod client;
 mod etcd;
 mod http;
+mod network;
 mod process;
+pub mod relay;
 mod scratch;
+pub mod synthetic;
 mod tercet;
 mod tools;
 
@@ -23,7 +28,8 @@ pub use self::{
     client::{Client, Completion, collect, greedy, sampled},
     etcd::Etcd,
     http::http_get,
-    process::{PATIENCE, Process, run},
+    network::{Host, Network},
+    process::{PATIENCE, Process, helper, run},
     scratch::Scratch,
     tercet::{Tercet, connect, serving},
     tools::{did_not_run, full, tool, workspace},

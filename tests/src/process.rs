@@ -1,10 +1,12 @@
 //! Running programs: to their end, or beside the test.
 
 use std::{
-    io::{BufRead as _, BufReader, Read},
-    process::{Child, Command, ExitStatus, Stdio},
+    env,
+    io::{BufRead as _, BufReader, Read, Write as _},
+    path::PathBuf,
+    process::{Child, ChildStdin, Command, ExitStatus, Stdio},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, OnceLock,
         mpsc::{self, Receiver, RecvTimeoutError},
     },
     thread,
@@ -13,6 +15,8 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use tokio::time::Instant;
+
+use crate::workspace;
 
 /// How long a test waits for anything: far longer than a loaded machine needs.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -35,11 +39,42 @@ pub fn run(command: &mut Command) -> Result<String> {
     Ok(stdout)
 }
 
+/// Builds the programs of a package, optimised, and returns the directory that they are in.
+///
+/// # Panics
+///
+/// Panics if they do not build.
+pub(crate) fn release(package: &str) -> PathBuf {
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut build = Command::new(cargo);
+    build.current_dir(workspace()).args(["build", "--quiet", "--release", "--bins"]);
+    run(build.args(["--package", package])).expect("the programs of the workspace build");
+    let target = env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
+    workspace().join(target).join("release")
+}
+
+/// Returns the path of a program of this package, optimised.
+///
+/// It is in `TERCET_TEST_BINS` if that is set, as by `tests/run`; otherwise it is built first.
+///
+/// # Panics
+///
+/// Panics if it does not build.
+pub fn helper(name: &str) -> PathBuf {
+    static PROGRAMS: OnceLock<PathBuf> = OnceLock::new();
+    let programs = PROGRAMS.get_or_init(|| {
+        let set = env::var_os("TERCET_TEST_BINS").map(PathBuf::from);
+        set.unwrap_or_else(|| release("tercet-tests"))
+    });
+    programs.join(name)
+}
+
 /// A program that runs beside the test, killed when dropped.
 #[derive(Debug)]
 pub struct Process {
     name: String,
     child: Child,
+    input: Option<ChildStdin>,
     lines: Receiver<String>,
     /// Everything said so far on both streams, for messages.
     said: Arc<Mutex<String>>,
@@ -52,14 +87,28 @@ impl Process {
     ///
     /// Returns an error if it cannot be started.
     pub fn start(name: &str, command: &mut Command) -> Result<Self> {
+        Self::start_with(name, command, Stdio::null())
+    }
+
+    /// Starts a program that listens to [`Process::say`]; the name is for messages.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if it cannot be started.
+    pub fn start_listening(name: &str, command: &mut Command) -> Result<Self> {
+        Self::start_with(name, command, Stdio::piped())
+    }
+
+    fn start_with(name: &str, command: &mut Command, input: Stdio) -> Result<Self> {
         let mut child = command
-            .stdin(Stdio::null())
+            .stdin(input)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .with_context(|| format!("start {command:?}"))?;
         let said = Arc::new(Mutex::new(String::new()));
         let (sender, lines) = mpsc::channel();
+        let input = child.stdin.take();
         let stdout = child.stdout.take().expect("standard output is piped");
         let stderr = child.stderr.take().expect("standard error is piped");
         follow(stdout, Arc::clone(&said), move |line| {
@@ -67,7 +116,7 @@ impl Process {
             _ = sender.send(line);
         });
         follow(stderr, Arc::clone(&said), |_| ());
-        Ok(Self { name: name.to_owned(), child, lines, said })
+        Ok(Self { name: name.to_owned(), child, input, lines, said })
     }
 
     /// Waits for a line of standard output, and returns what `find` makes of it. Earlier lines are
@@ -94,6 +143,21 @@ impl Process {
                 }
             }
         }
+    }
+
+    /// Returns the lines of standard output that came since the last call, or [`Process::line`].
+    pub fn new_lines(&mut self) -> Vec<String> {
+        self.lines.try_iter().collect()
+    }
+
+    /// Writes a line to its standard input.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if it does not listen, or listens no more.
+    pub fn say(&mut self, line: &str) -> Result<()> {
+        let input = self.input.as_mut().context("not started to listen")?;
+        writeln!(input, "{line}").with_context(|| format!("say {line:?} to {}", self.name))
     }
 
     /// Returns the id of the process.

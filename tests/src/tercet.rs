@@ -16,7 +16,7 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-use crate::{PATIENCE, Process, run, workspace};
+use crate::{PATIENCE, Process, process::release};
 
 /// A running `tercet serve`, `worker` or `gateway` whose gRPC listener is bound.
 #[derive(Debug)]
@@ -39,15 +39,8 @@ impl Tercet {
     pub fn binary() -> &'static Path {
         static BINARY: OnceLock<PathBuf> = OnceLock::new();
         BINARY.get_or_init(|| {
-            if let Some(path) = env::var_os("TERCET_BIN") {
-                return path.into();
-            }
-            let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-            let mut build = Command::new(cargo);
-            build.current_dir(workspace()).args(["build", "--quiet", "--release"]);
-            run(build.args(["--package", "tercet-cli"])).expect("tercet builds");
-            let target = env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
-            workspace().join(target).join("release/tercet")
+            let set = env::var_os("TERCET_BIN").map(PathBuf::from);
+            set.unwrap_or_else(|| release("tercet-cli").join("tercet"))
         })
     }
 

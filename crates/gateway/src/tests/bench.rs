@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use futures::{Stream, StreamExt};
 use tercet_cluster::{
-    LayerRange, MemoryRegistry, ModelRecord, ModelState, Rate, Registration, Registry, WorkerRecord,
-    WorkerState,
+    LayerRange, MemoryRegistry, ModelRecord, ModelState, Rate, Registration, Registry,
+    WorkerRecord, WorkerState,
 };
 use tercet_proto::v1;
 use tercet_proto::v1::generate_response::Event;

@@ -1,0 +1,26 @@
+//! A worker without a model: real services and membership around a formula.
+//!
+//! ```text
+//! Options (flags) --> run --> register in etcd, serve until SIGTERM, drain, leave
+//!                      |
+//!                      +-- Inference: Formula(prompt ids, seed)(index) at a set pace
+//!                      +-- Worker, health
+//! ```
+//!
+//! What a token is depends on the prompt, the seed and the index alone, so a stream can go on at
+//! any index on any other synthetic worker of the same model, and a test knows at once when a token
+//! is lost, repeated or another one. It costs no computation: what a test measures is the cluster.
+
+mod administration;
+mod formula;
+mod generation;
+mod inference;
+mod load;
+mod options;
+mod run;
+
+pub use self::{
+    formula::Formula,
+    options::{Omission, Options},
+    run::run,
+};

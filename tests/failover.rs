@@ -8,7 +8,7 @@ use std::sync::{
 use anyhow::{Result, ensure};
 use futures::future::try_join_all;
 use tercet_proto::v1::{GenerateRequest, generate_request::Input};
-use tercet_tests::{Client, Completion, Etcd, Tercet, collect, http_get, sampled};
+use tercet_tests::{Client, Completion, Etcd, Tercet, collect, metric, sampled};
 
 const STREAMS: u64 = 8;
 const MAX_TOKENS: u32 = 600;
@@ -81,12 +81,5 @@ async fn every_stream_outlives_its_worker_unchanged() -> Result<()> {
 
 /// Returns how many streams the gateway has moved.
 fn moves(metrics: &str) -> Result<f64> {
-    let text = http_get(metrics, "/metrics")?;
-    text.lines()
-        .filter(|line| line.starts_with("tercet_stream_moves_total"))
-        .map(|line| {
-            let value = line.rsplit(' ').next().unwrap_or_default();
-            value.parse::<f64>().map_err(|error| anyhow::anyhow!("{line}: {error}"))
-        })
-        .sum()
+    metric(metrics, "tercet_stream_moves_total", &[])
 }

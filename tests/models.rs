@@ -202,14 +202,6 @@ async fn a_gateway_follows_the_models_of_its_workers() -> Result<()> {
     come_and_go(&client, worker.address()).await
 }
 
-/// Returns the resident memory of a process, in MiB.
-fn resident(process: u32) -> Result<usize> {
-    let status = fs::read_to_string(format!("/proc/{process}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")).context("VmRSS")?;
-    Ok(kib.trim().parse::<usize>()? / 1024)
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn memory_of_an_unloaded_model_is_given_back() -> Result<()> {
     let scratch = Scratch::new("unloaded")?;
@@ -217,7 +209,7 @@ async fn memory_of_an_unloaded_model_is_given_back() -> Result<()> {
     let mut synth = Tercet::command(["model", "synth", "--shape", "125m", "--out"]);
     synth.arg(&file);
     task::spawn_blocking(move || run(&mut synth)).await??;
-    let size = usize::try_from(fs::metadata(&file)?.len())? >> 20;
+    let size = fs::metadata(&file)?.len() >> 20;
 
     let dir = format!("--model-dir={}", scratch.path().display());
     let serve = ["serve", "--listen=127.0.0.1:0", "--kv-memory=256MiB", &dir];
@@ -233,10 +225,9 @@ async fn memory_of_an_unloaded_model_is_given_back() -> Result<()> {
     }
     let mut server = Tercet::spawn(&mut serve)?;
     server.serving().await?;
-    let process = server.process().id();
     let client = Client::connect(server.address()).await?;
     let mut after_unload = Vec::new();
-    let before = resident(process)?;
+    let before = server.process().resident()? >> 10;
     for round in 0..6 {
         model(server.address(), &["load", "big.gguf", "--name", "big"]).await?;
         until_served(&client, &["big", "demo"]).await?;
@@ -244,10 +235,10 @@ async fn memory_of_an_unloaded_model_is_given_back() -> Result<()> {
         let ids = (0..400).map(|id| id % 1000).collect();
         let input = Input::Tokens(tercet_proto::v1::TokenIds { ids });
         client.generate(asking("big", input, 7, 4)).await?;
-        let loaded = resident(process)?;
+        let loaded = server.process().resident()? >> 10;
         ensure!(loaded > before + size * 3 / 4, "{loaded} MiB hold a model of {size} MiB");
         model(server.address(), &["unload", "big"]).await?;
-        let unloaded = resident(process)?;
+        let unloaded = server.process().resident()? >> 10;
         ensure!(
             unloaded < before + (loaded - before) / 3,
             "round {round}: {before} MiB before, {loaded} MiB with the model, {unloaded} MiB after"

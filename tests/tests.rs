@@ -12,6 +12,7 @@ mod network;
 mod pipeline;
 mod pods;
 mod readme;
+mod soak;
 mod synthetic;
 mod trace;
 mod wire;

@@ -2,8 +2,8 @@
 
 use anyhow::{Context as _, Result, bail, ensure};
 use tercet_proto::v1::{
-    self, Delta, Finished, GenerateRequest, GenerateResponse, Sampling, ScoreRequest,
-    ScoreResponse, Started, Stop, TokenIds, TokenizeRequest, generate_request::Input,
+    self, Delta, Finished, GenerateRequest, GenerateResponse, Prompt, Sampling, ScoreRequest,
+    ScoreResponse, Started, Stop, TokenIds, TokenLogprob, TokenizeRequest, generate_request::Input,
     generate_response::Event, inference_client::InferenceClient,
 };
 use tonic::{Request, Streaming, transport::Channel};
@@ -19,10 +19,14 @@ pub struct Client {
 pub struct Completion {
     /// First message.
     pub started: Started,
+    /// The prompt, if it came back.
+    pub prompt: Option<Prompt>,
     /// Token ids of all deltas.
     pub ids: Vec<u32>,
     /// Texts of all deltas.
     pub text: String,
+    /// Log-probabilities of all deltas.
+    pub logprobs: Vec<TokenLogprob>,
     /// Last message.
     pub finished: Finished,
 }
@@ -96,11 +100,24 @@ impl Client {
 ///
 /// Returns an error if it fails, has no `started` or `finished`, or repeats or skips a token.
 pub async fn collect(
+    stream: Streaming<GenerateResponse>,
+    see: impl FnMut(&Delta),
+) -> Result<Completion> {
+    collect_from(stream, 0, see).await
+}
+
+/// Reads a stream whose tokens begin at an index, like one that resumes, as [`collect`] does.
+///
+/// # Errors
+///
+/// Returns an error as [`collect`] does.
+pub async fn collect_from(
     mut stream: Streaming<GenerateResponse>,
+    first: usize,
     mut see: impl FnMut(&Delta),
 ) -> Result<Completion> {
-    let mut started = None;
-    let (mut ids, mut text) = (Vec::new(), String::new());
+    let (mut started, mut prompt) = (None, None);
+    let (mut ids, mut text, mut logprobs) = (Vec::new(), String::new(), Vec::new());
     while let Some(message) = stream.message().await? {
         match message.event.context("a message without an event")? {
             Event::Started(first) => {
@@ -108,16 +125,20 @@ pub async fn collect(
             }
             Event::Delta(delta) => {
                 ensure!(
-                    usize::try_from(delta.index)? == ids.len(),
+                    usize::try_from(delta.index)? == first + ids.len(),
                     "a delta at {} after {} tokens",
                     delta.index,
-                    ids.len()
+                    first + ids.len()
                 );
                 see(&delta);
                 ids.extend(&delta.token_ids);
                 text.push_str(&delta.text);
+                logprobs.extend(delta.logprobs);
             }
-            Event::Prompt(_) => {}
+            Event::Prompt(echo) => {
+                ensure!(started.is_some() && ids.is_empty(), "the prompt is not told first");
+                ensure!(prompt.replace(echo).is_none(), "the prompt is told twice");
+            }
             Event::Finished(mut finished) => {
                 // How it was computed is no part of the answer: it differs from run to run.
                 ensure!(finished.timings.take().is_some(), "finished without timings");
@@ -126,7 +147,7 @@ pub async fn collect(
                 }
                 ensure!(stream.message().await?.is_none(), "a message after finished");
                 let started = started.context("finished without started")?;
-                return Ok(Completion { started, ids, text, finished });
+                return Ok(Completion { started, prompt, ids, text, logprobs, finished });
             }
         }
     }

@@ -5,7 +5,7 @@ use std::{
     net::TcpStream,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 
 use crate::PATIENCE;
 
@@ -22,4 +22,24 @@ pub fn http_get(address: &str, path: &str) -> Result<String> {
     let mut response = String::new();
     stream.read_to_string(&mut response)?;
     Ok(response)
+}
+
+/// Returns the sum of the series of a metric that have these labels, as in `state="used"`; 0 if
+/// there are none.
+///
+/// # Errors
+///
+/// Returns an error if the admin server does not answer, or not with numbers.
+pub fn metric(address: &str, name: &str, labels: &[&str]) -> Result<f64> {
+    let text = http_get(address, "/metrics")?;
+    text.lines()
+        .filter(|line| {
+            let labelled = line.strip_prefix(name).filter(|rest| rest.starts_with(['{', ' ']));
+            labelled.is_some_and(|rest| labels.iter().all(|label| rest.contains(label)))
+        })
+        .map(|line| {
+            let value = line.rsplit(' ').next().unwrap_or_default();
+            value.parse::<f64>().map_err(|error| anyhow!("{line}: {error}"))
+        })
+        .sum()
 }

@@ -6,14 +6,17 @@
 //! - [`Tercet`] is a running `tercet` that has bound its address; [`Etcd`] a running etcd; both end
 //!   when dropped. [`Process`] is what they are made of.
 //! - [`Client`] is a client of the public service, [`collect`] reads a stream and holds it to its
-//!   promises.
+//!   promises. A [`Reference`] is an answer that others are held to, and [`FEATURES`] are all the
+//!   ways to ask.
 //! - [`synthetic`] is a worker without a model, [`Network`] and [`Host`] are machines of their own,
 //!   [`relay`] is a bad network.
 //! - [`run`] runs a command to its end; [`Scratch`] is a directory for one test.
 //!
 //! The tests themselves are `tests.rs` and the modules it names.
 
+mod answer;
 mod client;
+mod dice;
 mod etcd;
 mod http;
 mod network;
@@ -23,14 +26,18 @@ mod scratch;
 pub mod synthetic;
 mod tercet;
 mod tools;
+mod variety;
 
 pub use self::{
-    client::{Client, Completion, collect, greedy, sampled},
+    answer::{Answer, End, Likelihood, Reference},
+    client::{Client, Completion, collect, collect_from, greedy, sampled},
+    dice::Dice,
     etcd::Etcd,
-    http::http_get,
+    http::{http_get, metric},
     network::{Host, Network},
     process::{PATIENCE, Process, helper, run},
     scratch::Scratch,
     tercet::{Tercet, connect, serving},
-    tools::{did_not_run, full, tool, workspace},
+    tools::{did_not_run, full, measured, tool, workspace},
+    variety::{FEATURES, Feature, Source},
 };

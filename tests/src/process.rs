@@ -1,7 +1,7 @@
 //! Running programs: to their end, or beside the test.
 
 use std::{
-    env,
+    env, fs,
     io::{BufRead as _, BufReader, Read, Write as _},
     path::PathBuf,
     process::{Child, ChildStdin, Command, ExitStatus, Stdio},
@@ -163,6 +163,19 @@ impl Process {
     /// Returns the id of the process.
     pub fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Returns its resident memory in KiB.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if it is gone.
+    pub fn resident(&self) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.id()))
+            .with_context(|| format!("{}: is gone", self.name))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.and_then(|line| line.trim().strip_suffix(" kB")).context("no VmRSS")?;
+        Ok(kib.trim().parse()?)
     }
 
     /// Returns everything that it said so far.

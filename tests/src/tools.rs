@@ -31,11 +31,20 @@ pub fn tool(name: &str) -> Option<PathBuf> {
 /// Panics if `TERCET_REQUIRE_TOOLS` is 1, as under `tests/run`: there nothing may be missing.
 pub fn did_not_run(reason: &str) {
     assert!(env::var_os("TERCET_REQUIRE_TOOLS").is_none_or(|value| value != "1"), "{reason}");
+    tell("DID NOT RUN", reason);
+}
+
+/// Tells what the calling test measures, or what repeats it.
+pub fn measured(what: &str) {
+    tell("MEASURED", what);
+}
+
+fn tell(kind: &str, what: &str) {
     let thread = thread::current();
     let test = thread.name().unwrap_or("a test");
     // Not through `eprintln`: the test harness keeps that to itself when a test passes. Where even
     // standard error is gone, nobody is there to be told.
-    _ = writeln!(io::stderr(), "DID NOT RUN: {test}: {reason}");
+    _ = writeln!(io::stderr(), "{kind}: {test}: {what}");
 }
 
 /// Returns whether the long tests are asked for, as by `tests/run --full`.

@@ -1,8 +1,9 @@
 //! A model cut by layers over two workers answers like one worker, to the bit.
 
 use anyhow::{Result, ensure};
+use futures::future::try_join_all;
 use tercet_proto::v1::{TokenIds, generate_request::Input};
-use tercet_tests::{Client, Etcd, Tercet, sampled};
+use tercet_tests::{Client, Etcd, FEATURES, Reference, Tercet, sampled};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_stages_answer_like_one_worker() -> Result<()> {
@@ -31,10 +32,21 @@ async fn two_stages_answer_like_one_worker() -> Result<()> {
     let requests =
         (0..4).map(|seed| sampled(Input::Tokens(TokenIds { ids: ids.clone() }), seed, 200));
     let of_cut = requests.clone().map(|request| cut.generate(request));
-    let of_cut = futures::future::try_join_all(of_cut).await?;
+    let of_cut = try_join_all(of_cut).await?;
     for (request, got) in requests.zip(of_cut) {
         let expected = whole.generate(request).await?;
         ensure!(got == expected, "{got:?}\nis not {expected:?}");
     }
+
+    let mut references = Vec::new();
+    for (seed, (_, apply)) in (0..).zip(FEATURES) {
+        let mut request = sampled(Input::Tokens(TokenIds { ids: ids.clone() }), seed, 60);
+        apply(&mut request);
+        let reference = Reference::ask(&whole, request).await?;
+        let indices = reference.resumable();
+        references.push(reference.resumed(indices[indices.len() / 2]).1);
+        references.push(reference);
+    }
+    try_join_all(references.iter().map(|reference| reference.repeat(&cut))).await?;
     Ok(())
 }

@@ -8,9 +8,11 @@ const INCLUDE: &str = "../../proto";
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed={INCLUDE}/etcd");
     println!("cargo::rerun-if-changed=build.rs");
-    let descriptors = protox::compile(["etcd/kv.proto", "etcd/rpc.proto"], [INCLUDE])?;
+    let descriptors =
+        protox::compile(["etcd/auth.proto", "etcd/kv.proto", "etcd/rpc.proto"], [INCLUDE])?;
     tonic_prost_build::configure()
-        .build_server(false)
+        // What tests put in etcd's place.
+        .server_mod_attribute(".", "#[cfg(test)]")
         // Connections are made in one place, with timeouts and keepalive.
         .build_transport(false)
         .compile_fds(descriptors)?;

@@ -1,5 +1,6 @@
 //! The command line: every setting once, with its flag, its environment variable and its help.
 
+mod cluster;
 mod model;
 mod sampling;
 mod values;
@@ -8,7 +9,7 @@ use std::{num::NonZeroUsize, path::PathBuf, time::Duration};
 
 use anyhow::anyhow;
 use clap::{Args, Parser, Subcommand};
-use tercet_cluster::{ClusterName, WorkerId};
+use tercet_cluster::WorkerId;
 use tercet_engine::EngineOptions;
 use tercet_kernels::Isa;
 use tercet_telemetry::LogFormat;
@@ -16,6 +17,7 @@ use tercet_worker::{ModelSource, ModelSpec};
 
 use self::values::{byte_size, duration, layers, served_model};
 pub(crate) use self::{
+    cluster::ClusterArgs,
     model::{ModelAction, ModelCommand, PullArgs, WorkerAddress},
     sampling::SamplingArgs,
     values::{ByteSize, Layers, ServedModel},
@@ -195,17 +197,6 @@ impl ServedModelArgs {
         }
         Ok(specs)
     }
-}
-
-/// The cluster to be part of.
-#[derive(Args, Debug)]
-pub(crate) struct ClusterArgs {
-    /// The cluster's etcd; several members separated by commas
-    #[arg(long, env = "TERCET_ETCD", value_name = "URL", value_delimiter = ',', required = true)]
-    pub(crate) etcd: Vec<String>,
-    /// Name of the cluster: workers and gateways of one name find each other
-    #[arg(long, env = "TERCET_CLUSTER", value_name = "NAME", default_value = "default")]
-    pub(crate) cluster: ClusterName,
 }
 
 /// What computes.

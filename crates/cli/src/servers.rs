@@ -4,7 +4,7 @@ use std::{future::Future, io, net::SocketAddr, sync::Arc};
 
 use anyhow::{Context as _, Result, anyhow};
 use futures::FutureExt as _;
-use tercet_cluster::{EtcdOptions, EtcdRegistry, MemoryRegistry, WorkerId};
+use tercet_cluster::{EtcdRegistry, MemoryRegistry, WorkerId};
 use tercet_gateway::{Gateway, LocalDialer, TcpDialer};
 use tercet_telemetry::{Admin, Metrics, Probe, serve_admin};
 use tercet_worker::Worker;
@@ -129,6 +129,8 @@ async fn route_until_stopped(args: &GatewayArgs) -> Result<()> {
     let metrics = Metrics::new();
     let config = gateway_config(&args.limits, &args.server);
     let dialer = Arc::new(TcpDialer::default());
+    // Workers are told when they register.
+    let refused = registry.refused();
     let gateway = Gateway::build(config, &registry, dialer, metrics.clone());
 
     let listener = bind(&args.listen, "listen").await?;
@@ -138,7 +140,10 @@ async fn route_until_stopped(args: &GatewayArgs) -> Result<()> {
     let admin = bind_admin(&args.server, admin).await?;
     announce(&listener)?;
     until_stopped(admin, |stop| async move {
-        Ok(gateway.serve(listener, stop.cancelled_owned()).boxed().await?)
+        tokio::select! {
+            served = gateway.serve(listener, stop.cancelled_owned()).boxed() => Ok(served?),
+            refused = refused => Err(misconfigured(refused)),
+        }
     })
     .await
 }
@@ -179,8 +184,7 @@ where
 }
 
 fn etcd(args: &ClusterArgs) -> Result<EtcdRegistry> {
-    let options = EtcdOptions::new(args.etcd.clone(), args.cluster.clone());
-    EtcdRegistry::connect(options).map_err(misconfigured)
+    EtcdRegistry::connect(args.options()?).map_err(misconfigured)
 }
 
 fn gateway_config(limits: &GatewayLimits, server: &ServerArgs) -> tercet_gateway::Config {

@@ -33,6 +33,10 @@ use crate::{
     profile::{Machine, Profile},
 };
 
+/// Identifiers of arguments whose values nobody may see: not other users, in the list of processes,
+/// nor who reads the settings.
+const SECRETS: [&str; 1] = ["etcd_password"];
+
 /// What the command line asks for.
 #[derive(Debug)]
 pub(crate) enum Asked {
@@ -85,6 +89,9 @@ pub(crate) fn read(
         }
     };
     let (path, given) = leaf(&matches);
+    if let Some(error) = bared(find(&lenient, &path), given) {
+        return Err(Refusal::Settings(error));
+    }
     let named = matches.get_one::<PathBuf>("config").cloned();
     let mut layers = Vec::new();
     if let Some(file) = named.or_else(|| file::default_path(variable)) {
@@ -109,6 +116,21 @@ pub(crate) fn read(
     let matches = command.try_get_matches_from_mut(words).map_err(Refusal::Usage)?;
     let cli = Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut command));
     Ok(Asked::Run(Box::new(cli.map_err(Refusal::Usage)?), flags(find(&command, &path), &matches)))
+}
+
+/// Refuses a secret given as a flag.
+fn bared(command: &Command, matches: &ArgMatches) -> Option<anyhow::Error> {
+    let is_bared = |arg: &&Arg| {
+        let id = arg.get_id().as_str();
+        SECRETS.contains(&id) && matches.value_source(id) == Some(ValueSource::CommandLine)
+    };
+    let arg = command.get_arguments().find(is_bared)?;
+    let variable = arg.get_env().unwrap_or_default().to_string_lossy().into_owned();
+    let flag = arg.get_long().unwrap_or_default();
+    Some(misconfigured(anyhow!(
+        "--{flag} shows a secret to everybody on this machine: set {variable}, or {flag} in the \
+         configuration file"
+    )))
 }
 
 /// Returns the words of the flags of a command that have any.
@@ -215,7 +237,11 @@ fn from_file(
             match check(root, &home, arg, &entry.value) {
                 Ok(()) => is_taken = true,
                 Err(what) => {
-                    let what = format!("{} = {}: {what}", entry.key, written(&entry.value));
+                    let value = match SECRETS.contains(&id) {
+                        true => show::HIDDEN.to_owned(),
+                        false => written(&entry.value),
+                    };
+                    let what = format!("{} = {value}: {what}", entry.key);
                     if is_meant {
                         return Err(wrong(what));
                     }

@@ -1,3 +1,5 @@
+use std::{io, path::PathBuf};
+
 use thiserror::Error;
 
 use crate::{InvalidName, WorkerId};
@@ -19,6 +21,27 @@ pub enum ClusterError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The fault of the configuration.
+    #[error("read {what} from {path}")]
+    File {
+        /// What it should hold.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why it cannot be read.
+        source: io::Error,
+    },
+    /// The fault of the configuration.
+    #[error("the TLS settings for etcd cannot be used: {0}")]
+    Tls(String),
+    /// The fault of the configuration, here or in etcd.
+    #[error("etcd refuses {who}: {reason}; check the user, its password and its role")]
+    Refused {
+        /// Whom.
+        who: String,
+        /// What etcd says.
+        reason: String,
+    },
     /// A later incarnation of the same worker is registered; this one must not serve under its name.
     #[error("worker `{id}` is registered with epoch {theirs}, later than {ours}: it was replaced")]
     Superseded {
@@ -34,5 +57,5 @@ pub enum ClusterError {
     Closed,
     /// The thread that talks to etcd could not be started.
     #[error("start the membership thread: {0}")]
-    Thread(#[source] std::io::Error),
+    Thread(#[source] io::Error),
 }

@@ -20,7 +20,7 @@ mod view;
 
 pub use self::{
     error::ClusterError,
-    etcd::{EtcdOptions, EtcdRegistry},
+    etcd::{EtcdCredentials, EtcdOptions, EtcdPassword, EtcdRegistry, EtcdTls},
     memory::MemoryRegistry,
     record::{
         ClusterName, InvalidName, InvalidRate, LayerRange, ModelRecord, ModelState, Rate,
@@ -43,7 +43,8 @@ pub trait Registry: Debug + Send + Sync {
     /// deadline around it if waiting is wrong. Dropping the future withdraws the record.
     ///
     /// # Errors
-    /// [`ClusterError::Superseded`] when a later incarnation of the worker is registered.
+    /// [`ClusterError::Superseded`] when a later incarnation of the worker is registered,
+    /// [`ClusterError::Refused`] when the control plane never let this process in.
     fn register(&self, record: WorkerRecord) -> BoxFuture<'_, Result<Registration, ClusterError>>;
 
     /// Returns the view of all workers, which changes as they do.

@@ -4,7 +4,10 @@ use std::fmt::Write as _;
 
 use clap::{Arg, ArgAction, ArgMatches, Command, parser::ValueSource};
 
-use super::{Layer, Origin, find};
+use super::{Layer, Origin, SECRETS, find};
+
+/// Stands for a value that nobody may see.
+pub(super) const HIDDEN: &str = "(hidden)";
 
 /// Returns every setting of the command at `path`, a line each, and where it comes from.
 pub(super) fn settings(
@@ -46,6 +49,7 @@ fn setting(key: &str, arg: &Arg, matches: &ArgMatches) -> String {
         matches!(arg.get_action(), ArgAction::Append) || arg.get_value_delimiter().is_some();
     match words.as_slice() {
         [] => format!("# {key}"),
+        _ if SECRETS.contains(&arg.get_id().as_str()) => format!("# {key} = {HIDDEN}"),
         _ if is_list => format!("{key} = {}", list(&words)),
         [first, ..] => format!("{key} = {}", word(first)),
     }

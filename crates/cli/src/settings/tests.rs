@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use tercet_cluster::{EtcdCredentials, EtcdPassword, EtcdTls};
+
 use super::*;
 use crate::args::Command as Asks;
 
@@ -142,6 +144,60 @@ fn what_is_shown_is_a_file_that_says_the_same() {
     };
     assert_eq!(values(&first), values(&second));
     assert!(values(&first).len() > 10, "{first}");
+}
+
+#[test]
+fn a_secret_is_neither_shown_nor_taken_as_a_flag() {
+    let config = Config::new("etcd-user = \"tercet\"\netcd-password = \"open sesame\"\n");
+    let Ok(Asked::Show(text)) = config.read("gateway --print-config") else { panic!() };
+    assert!(text.contains("# etcd-password = (hidden)"), "{text}");
+    assert!(!text.contains("sesame"), "{text}");
+    let shown = config.shown("gateway");
+    assert_eq!(shown("etcd-password").1, format!("file {}:2", config.0.display()));
+    let Asks::Gateway(gateway) = config.command("gateway --etcd a:1") else { panic!() };
+    assert!(!format!("{gateway:?}").contains("sesame"));
+    let credentials = gateway.cluster.options().unwrap().credentials.unwrap();
+    assert_eq!(credentials.password, EtcdPassword::Given("open sesame".to_owned()));
+
+    let said = Config::new("").mistake("worker --etcd a:1 --etcd-password sesame");
+    assert!(said.contains("TERCET_ETCD_PASSWORD") && !said.contains("sesame"), "{said}");
+    let said = Config::new("etcd-password = [\"sesame\"]\n").mistake("worker --etcd a:1");
+    assert!(said.starts_with("file:1: etcd-password = (hidden): "), "{said}");
+}
+
+#[test]
+fn settings_of_etcd_come_in_pairs() {
+    let config = Config::new("");
+    let options = |line: &str| {
+        let Asks::Gateway(gateway) = config.command(&format!("gateway --etcd a:1 {line}")) else {
+            panic!("{line}")
+        };
+        gateway.cluster.options().map_err(|error| error.to_string())
+    };
+    for (line, missing) in [
+        ("--etcd-cert c", "--etcd-cert needs --etcd-key"),
+        ("--etcd-key k", "--etcd-key needs --etcd-cert"),
+        ("--etcd-user u", "--etcd-user needs TERCET_ETCD_PASSWORD or --etcd-password-file"),
+        ("--etcd-password-file f", "needs --etcd-user"),
+    ] {
+        let said = options(line).unwrap_err();
+        assert!(said.contains(missing), "{line}: {said}");
+    }
+    let line = "--etcd-ca a --etcd-cert c --etcd-key k --etcd-server-name n --etcd-user u \
+                --etcd-password-file f";
+    let given = options(line).unwrap();
+    let identity = Some(("c".into(), "k".into()));
+    let server_name = Some("n".to_owned());
+    assert_eq!(given.tls, EtcdTls { authorities: Some("a".into()), identity, server_name });
+    let password = EtcdPassword::File("f".into());
+    assert_eq!(given.credentials, Some(EtcdCredentials { user: "u".to_owned(), password }));
+    let twice = Config::new("etcd-password = 'x'\n");
+    let Asks::Gateway(gateway) =
+        twice.command("gateway --etcd a:1 --etcd-user u --etcd-password-file f")
+    else {
+        panic!()
+    };
+    assert!(gateway.cluster.options().unwrap_err().to_string().contains("twice"));
 }
 
 #[test]

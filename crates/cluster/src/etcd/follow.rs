@@ -11,7 +11,7 @@ use tonic::{Status, Streaming};
 use tracing::{info, warn};
 
 use super::{
-    endpoints::{Backoff, CALL_TIMEOUT, Endpoints, with_leader},
+    endpoints::{Backoff, CALL_TIMEOUT, Endpoints, Right, told, with_leader},
     stubs::{
         RangeRequest, WatchCreateRequest, WatchProgressRequest, WatchRequest, WatchResponse,
         kv_client::KvClient,
@@ -37,6 +37,8 @@ pub(super) struct Follower {
     pub(super) view: watch::Sender<Arc<View>>,
     store: Option<Store>,
     missing: Option<Missing>,
+    /// Why etcd could not be followed, as last logged.
+    logged: Option<String>,
 }
 
 /// How far which store was read.
@@ -88,7 +90,7 @@ impl Follower {
         grace: Duration,
         view: watch::Sender<Arc<View>>,
     ) -> Self {
-        Self { endpoints, prefix, grace, view, store: None, missing: None }
+        Self { endpoints, prefix, grace, view, store: None, missing: None, logged: None }
     }
 
     /// Follows for ever.
@@ -108,17 +110,24 @@ impl Follower {
                     info!(oldest, "etcd forgot the revisions watched; listing again");
                 }
                 Broken::Trouble(status) => {
-                    let outage = self.view.send_if_modified(|view| {
-                        view.current.then(|| Arc::make_mut(view).current = false).is_some()
-                    });
-                    if outage {
-                        warn!(%status, "lost etcd; the last known workers stay in view");
-                    }
+                    self.lose(&status);
                     self.endpoints.rotate();
                     let pause = Instant::now() + backoff.pause();
                     self.pause_until(pause).await;
                 }
             }
+        }
+    }
+
+    /// Makes the view one that nobody stands behind, and says why: once for each reason.
+    fn lose(&mut self, status: &Status) {
+        self.view.send_if_modified(|view| {
+            view.current.then(|| Arc::make_mut(view).current = false).is_some()
+        });
+        let reason = told(status);
+        if self.logged.as_ref() != Some(&reason) {
+            warn!(reason, "cannot follow etcd; the last known workers stay in view");
+            self.logged = Some(reason);
         }
     }
 
@@ -137,8 +146,9 @@ impl Follower {
                         .await
                 }
             })
-            .await?
-            .into_inner();
+            .await;
+        self.endpoints.judge(Right::Read, answer.as_ref());
+        let answer = answer?.into_inner();
         let header = answer.header.unwrap_or_default();
         let workers = answer.kvs.iter().filter_map(|kv| {
             let (_, record) = self.read(kv)?;
@@ -294,6 +304,9 @@ impl Follower {
             missing.workers.retain(|id| changes.iter().all(|(changed, _)| changed != id));
         }
         let created = response.created;
+        if created {
+            self.logged = None;
+        }
         let revision =
             self.store.map_or(0, |store| u64::try_from(store.revision).unwrap_or_default());
         self.view.send_if_modified(|view| {

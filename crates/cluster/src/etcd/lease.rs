@@ -18,7 +18,7 @@ use tonic::{Code, Status};
 use tracing::{debug, info, warn};
 
 use super::{
-    endpoints::{Backoff, Endpoints, with_leader},
+    endpoints::{Backoff, Endpoints, Right, told, with_leader},
     stubs::{
         Compare, LeaseGrantRequest, LeaseKeepAliveRequest, LeaseRevokeRequest, PutRequest,
         RangeRequest, RequestOp, TxnRequest,
@@ -150,7 +150,8 @@ impl Tenant {
                     match time::timeout(LEAVE_TIMEOUT, revoke(&endpoints, id)).await {
                         Ok(Ok(())) => debug!(key = %self.key, "left the registry"),
                         Ok(Err(status)) => {
-                            warn!(key = %self.key, %status, "could not leave; the lease will lapse");
+                            let reason = told(&status);
+                            warn!(key = %self.key, reason, "could not leave; the lease will lapse");
                         }
                         Err(_) => warn!(key = %self.key, "etcd is away; the lease will lapse"),
                     }
@@ -171,7 +172,7 @@ impl Tenant {
             match granted {
                 Ok(lease) => return Some(lease),
                 Err(status) => {
-                    warn!(key = %self.key, %status, "could not get a lease from etcd");
+                    warn!(key = %self.key, reason = told(&status), "could not get a lease from etcd");
                 }
             }
             tokio::select! {
@@ -189,7 +190,9 @@ impl Tenant {
             if leaving {
                 return End::Over;
             }
-            match put(endpoints, &self.key, &record, lease).await {
+            let stored = put(endpoints, &self.key, &record, lease).await;
+            endpoints.judge(Right::Write, stored.as_ref());
+            match stored {
                 Ok(Put::Stored) => {
                     info!(key = %self.key, state = ?record.state, lease, "stored in the registry");
                     self.progress.send_replace(Progress::Stored(version));
@@ -210,7 +213,7 @@ impl Tenant {
                     return End::Lost;
                 }
                 Err(status) => {
-                    warn!(key = %self.key, %status, "could not store in the registry");
+                    warn!(key = %self.key, reason = told(&status), "could not store in the registry");
                     tokio::select! {
                         changed = self.desired.changed() => if changed.is_err() {
                             return End::Over;
@@ -249,7 +252,9 @@ async fn renew(endpoints: &Endpoints, key: &str, mut lease: Lease) -> End {
                 warn!(key, lease = lease.id, "the lease is gone");
                 return End::Lost;
             }
-            Ok(Err(status)) => warn!(key, lease = lease.id, %status, "could not renew the lease"),
+            Ok(Err(status)) => {
+                warn!(key, lease = lease.id, reason = told(&status), "could not renew the lease");
+            }
             Err(_) => {}
         }
     }

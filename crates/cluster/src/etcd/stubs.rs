@@ -12,6 +12,10 @@
     reason = "generated"
 )]
 
+pub(crate) mod authpb {
+    tonic::include_proto!("authpb");
+}
+
 pub(crate) mod mvccpb {
     tonic::include_proto!("mvccpb");
 }

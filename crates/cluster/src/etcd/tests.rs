@@ -1,5 +1,7 @@
 //! The registry on a real etcd, and what etcd can do to it.
 
+mod cluster;
+mod secured;
 mod server;
 
 use std::{
@@ -12,7 +14,7 @@ use std::{
 use tokio::{sync::watch, task::JoinSet, time};
 use tracing::instrument::WithSubscriber as _;
 
-use self::server::{EtcdServer, free_port};
+use self::server::{EtcdServer, Place, free_port};
 use super::{
     EtcdOptions, EtcdRegistry,
     follow::{Broken, Follower},
@@ -176,6 +178,7 @@ async fn a_restart_of_etcd_under_a_watch_empties_nothing() {
     let waiting = time::timeout(TTL, registration.update(ready)).await;
     assert!(waiting.is_err(), "stored in a dead etcd: {waiting:?}");
     etcd.restart();
+    etcd.ready();
     let is_ready = |view: &View| {
         view.current && view.workers.values().any(|worker| worker.state == WorkerState::Ready)
     };
@@ -201,6 +204,7 @@ async fn a_store_that_lost_everything_gets_it_back_from_the_workers() {
     etcd.kill();
     etcd.wipe();
     etcd.restart();
+    etcd.ready();
     let alive = |view: &View| view.current && names(view) == ["alive"];
     view_where(&mut views, "the survivor", alive).await;
     let seen = seen.await;
@@ -343,7 +347,8 @@ async fn registering_waits_for_etcd_and_can_be_given_up() {
     let given_up = time::timeout(TTL, registry.register(record("given-up", 1))).await;
     assert!(given_up.is_err(), "registered without etcd: {given_up:?}");
     let waiting = registry.register(record("waiting", 1));
-    let starting = tokio::task::spawn_blocking(move || EtcdServer::start_on(&binary, port));
+    let place = Place { client_port: port, ..Place::alone(&binary) };
+    let starting = tokio::task::spawn_blocking(move || EtcdServer::start_at(place));
     let (registration, etcd) = tokio::join!(soon("register", waiting), starting);
     view_where(&mut views, "the one waiting", |view| names(view) == ["waiting"]).await;
     soon("leave", registration.unwrap().leave()).await;

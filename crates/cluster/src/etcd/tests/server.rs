@@ -1,7 +1,9 @@
-//! A real etcd for one test.
+//! Real etcd processes for one test.
 
 use std::{
-    env, fs,
+    env,
+    ffi::OsString,
+    fs,
     io::{self, BufRead as _, BufReader, Write as _},
     net::TcpListener,
     path::{Path, PathBuf},
@@ -13,16 +15,33 @@ use std::{
     thread,
 };
 
-use super::super::endpoints::Endpoints;
-use crate::suite::PATIENCE;
+use super::super::endpoints::{Endpoints, Plan};
+use crate::{EtcdOptions, suite::PATIENCE};
 
-/// A running etcd of one member, with its own directory and ports; killed when dropped.
+/// A member of etcd with its own directory and ports, alone unless made by
+/// [`cluster`](super::cluster); killed when dropped.
 pub(super) struct EtcdServer {
-    binary: PathBuf,
-    directory: PathBuf,
-    client_port: u16,
-    peer_port: u16,
+    pub(super) place: Place,
+    running: Running,
+}
+
+/// Where a member is and how it is started.
+#[derive(Clone)]
+pub(super) struct Place {
+    pub(super) binary: PathBuf,
+    pub(super) name: String,
+    pub(super) directory: PathBuf,
+    pub(super) client_port: u16,
+    pub(super) peer_port: u16,
+    /// All members, as `name=url,...`.
+    pub(super) initial_cluster: String,
+    pub(super) scheme: &'static str,
+    pub(super) arguments: Vec<OsString>,
+}
+
+struct Running {
     child: Child,
+    serves: mpsc::Receiver<Result<(), String>>,
 }
 
 /// Returns the etcd to test with.
@@ -55,50 +74,88 @@ pub(super) fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
-impl EtcdServer {
-    pub(super) fn start(binary: &Path) -> Self {
-        Self::start_on(binary, free_port())
+/// Returns the path of a new directory or file of this test.
+pub(super) fn scratch(what: &str) -> PathBuf {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    env::temp_dir().join(format!("tercet-{what}-{}-{count}", std::process::id()))
+}
+
+impl Place {
+    /// Returns a new one for a member alone.
+    pub(super) fn alone(binary: &Path) -> Self {
+        let peer_port = free_port();
+        Self {
+            binary: binary.to_owned(),
+            name: "one".to_owned(),
+            directory: scratch("etcd"),
+            client_port: free_port(),
+            peer_port,
+            initial_cluster: format!("one=http://127.0.0.1:{peer_port}"),
+            scheme: "http",
+            // One member elects itself: no reason to be slow about it.
+            arguments: ["--heartbeat-interval", "20", "--election-timeout", "200"]
+                .map(OsString::from)
+                .to_vec(),
+        }
     }
 
-    /// Starts on a given port for clients.
-    pub(super) fn start_on(binary: &Path, client_port: u16) -> Self {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let name =
-            format!("tercet-etcd-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let directory = env::temp_dir().join(name);
-        let peer_port = free_port();
-        let child = spawn(binary, &directory, client_port, peer_port);
-        Self { binary: binary.to_owned(), directory, client_port, peer_port, child }
+    /// Starts etcd, which serves once most members run.
+    pub(super) fn launch(self) -> EtcdServer {
+        let running = spawn(&self);
+        EtcdServer { place: self, running }
+    }
+}
+
+impl EtcdServer {
+    pub(super) fn start(binary: &Path) -> Self {
+        Self::start_at(Place::alone(binary))
+    }
+
+    pub(super) fn start_at(place: Place) -> Self {
+        let server = place.launch();
+        server.ready();
+        server
+    }
+
+    /// Waits until it serves.
+    pub(super) fn ready(&self) {
+        match self.running.serves.recv_timeout(PATIENCE) {
+            Ok(Ok(())) => {}
+            Ok(Err(said)) => panic!("etcd ended: {said}"),
+            Err(_) => panic!("etcd is not ready after {PATIENCE:?}"),
+        }
     }
 
     pub(super) fn address(&self) -> String {
-        format!("http://127.0.0.1:{}", self.client_port)
+        format!("{}://127.0.0.1:{}", self.place.scheme, self.place.client_port)
     }
 
     /// Returns raw access.
     pub(super) fn endpoints(&self) -> Endpoints {
-        Endpoints::new(&Endpoints::parse(&[self.address()]).unwrap())
+        let options = EtcdOptions::new(vec![self.address()], "test".parse().unwrap());
+        endpoints(&options)
     }
 
     /// Kills it without notice.
     pub(super) fn kill(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
+        self.running.child.kill().unwrap();
+        self.running.child.wait().unwrap();
     }
 
     /// Starts it anew where it was, with everything it had stored.
     pub(super) fn restart(&mut self) {
-        self.child = spawn(&self.binary, &self.directory, self.client_port, self.peer_port);
+        self.running = spawn(&self.place);
     }
 
     /// Deletes everything it had stored; it must be dead.
     pub(super) fn wipe(&self) {
-        fs::remove_dir_all(&self.directory).unwrap();
+        fs::remove_dir_all(&self.place.directory).unwrap();
     }
 
     /// Sends it a signal, such as `STOP`.
     pub(super) fn signal(&self, signal: &str) {
-        let pid = self.child.id().to_string();
+        let pid = self.running.child.id().to_string();
         let sent = Command::new("kill").args([&format!("-{signal}"), &pid]).status().unwrap();
         assert!(sent.success(), "kill -{signal} {pid}: {sent}");
     }
@@ -106,37 +163,40 @@ impl EtcdServer {
 
 impl Drop for EtcdServer {
     fn drop(&mut self) {
-        self.child.kill().ok();
-        self.child.wait().ok();
-        fs::remove_dir_all(&self.directory).ok();
+        self.running.child.kill().ok();
+        self.running.child.wait().ok();
+        fs::remove_dir_all(&self.place.directory).ok();
     }
 }
 
-/// Starts etcd and waits until it serves.
-fn spawn(binary: &Path, directory: &Path, client_port: u16, peer_port: u16) -> Child {
-    let (client, peer) =
-        (format!("http://127.0.0.1:{client_port}"), format!("http://127.0.0.1:{peer_port}"));
-    let mut child = Command::new(binary)
+/// Returns raw access as these options have it.
+pub(super) fn endpoints(options: &EtcdOptions) -> Endpoints {
+    Endpoints::new(Plan::new(options).unwrap(), options).unwrap()
+}
+
+fn spawn(place: &Place) -> Running {
+    let client = format!("{}://127.0.0.1:{}", place.scheme, place.client_port);
+    let peer = format!("http://127.0.0.1:{}", place.peer_port);
+    let mut child = Command::new(&place.binary)
         .arg("--data-dir")
-        .arg(directory)
-        .args(["--name", "one", "--initial-cluster", &format!("one={peer}")])
+        .arg(&place.directory)
+        .args(["--name", &place.name, "--initial-cluster", &place.initial_cluster])
         .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
         .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-        // One member elects itself: no reason to be slow about it.
-        .args(["--heartbeat-interval", "20", "--election-timeout", "200"])
         .args(["--logger", "zap", "--log-level", "info"])
+        .args(&place.arguments)
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
-        .unwrap_or_else(|error| panic!("start {}: {error}", binary.display()));
+        .unwrap_or_else(|error| panic!("start {}: {error}", place.binary.display()));
     let log = BufReader::new(child.stderr.take().unwrap());
-    let (ready, waiting) = mpsc::channel();
+    let (ready, serves) = mpsc::channel();
     // Reads on until etcd dies: a full pipe would stop it.
     thread::spawn(move || {
         let mut said = Vec::new();
         for line in log.lines().map_while(Result::ok) {
             // As releases 3.4 to 3.6 say it.
-            let serves = line.contains("serving client traffic insecurely");
+            let serves = line.contains("serving client traffic ");
             said.push(line);
             if serves {
                 ready.send(Ok(())).ok();
@@ -145,13 +205,5 @@ fn spawn(binary: &Path, directory: &Path, client_port: u16, peer_port: u16) -> C
         }
         ready.send(Err(said.join("\n"))).ok();
     });
-    match waiting.recv_timeout(PATIENCE) {
-        Ok(Ok(())) => child,
-        Ok(Err(said)) => panic!("etcd ended: {said}"),
-        Err(_) => {
-            child.kill().ok();
-            child.wait().ok();
-            panic!("etcd is not ready after {PATIENCE:?}")
-        }
-    }
+    Running { child, serves }
 }

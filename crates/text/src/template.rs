@@ -7,11 +7,12 @@
 mod clock;
 mod generation;
 mod json;
+mod metered;
 mod variables;
 
 use std::{collections::BTreeMap, error::Error as _, fmt};
 
-use minijinja::{Environment, Error, ErrorKind, Value, syntax::SyntaxConfig};
+use minijinja::{Environment, Error, ErrorKind, State, Value};
 
 use self::clock::Clock;
 use crate::Excerpt;
@@ -30,6 +31,7 @@ pub struct ChatMessage {
 /// A model's chat template, parsed.
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    source: String,
     bos: String,
     eos: String,
 }
@@ -128,29 +130,22 @@ impl ChatTemplate {
         // stack; this one is as deep as the fuel lets them become, and untouched pages cost nothing.
         let stack = usize::try_from(fuel).unwrap_or(usize::MAX).saturating_mul(STACK_PER_FUEL);
         stacker::maybe_grow(stack, stack, || {
-            environment
-                .get_template(NAME)
-                .and_then(|template| template.render(Value::from(context)))
+            metered::render(&environment, &self.source, Value::from(context))
                 .map_err(TemplateError::from)
         })
     }
 
     fn with_clock(source: &str, bos: &str, eos: &str, clock: Clock) -> Result<Self, TemplateError> {
         let mut environment = Environment::new();
-        environment
-            .set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        metered::install(&mut environment);
         environment.set_recursion_limit(RECURSION);
         environment.add_filter("tojson", json::tojson);
-        environment.add_function("raise_exception", |reason: String| -> Result<String, Error> {
-            Err(Error::new(ErrorKind::InvalidOperation, "raise_exception")
-                .with_source(Raised(reason)))
-        });
-        environment.add_function("strftime_now", move |format: String| clock.format(&format));
-        environment.add_template_owned(NAME, generation::without(source))?;
-        Ok(Self { environment, bos: bos.to_owned(), eos: eos.to_owned() })
+        environment.add_function("raise_exception", raise_exception);
+        environment.add_function("strftime_now", move |format: &str| clock.format(format));
+        let source = generation::without(source);
+        metered::compile(&source)?;
+        Ok(Self { environment, source, bos: bos.to_owned(), eos: eos.to_owned() })
     }
 }
 
@@ -185,6 +180,13 @@ impl From<Error> for TemplateError {
     }
 }
 
+/// Refuses the messages with a reason, which may be any value.
+fn raise_exception(state: &State<'_, '_>, reason: Value) -> Result<String, Error> {
+    metered::pay(state, &reason)?;
+    Err(Error::new(ErrorKind::InvalidOperation, "raise_exception")
+        .with_source(Raised(reason.to_string())))
+}
+
 /// Returns what the rendering of these messages may cost.
 fn fuel(messages: &[ChatMessage], variables: &TemplateVariables) -> u64 {
     let bytes: usize = messages.iter().map(|m| m.role.len() + m.content.len()).sum();
@@ -198,8 +200,6 @@ fn fuel(messages: &[ChatMessage], variables: &TemplateVariables) -> u64 {
 #[error("{0}")]
 struct Raised(String);
 
-/// The name the only template goes by inside its environment.
-const NAME: &str = "chat_template";
 /// What any rendering may cost: one for an instruction and for 64 bytes handled. Elaborate templates
 /// take a few thousand before the first message. A template that means harm gets 1 MB out of it.
 const FUEL: u64 = 20_000;

@@ -18,6 +18,7 @@ pub(super) fn tojson(
     value: Value,
     options: Kwargs,
 ) -> Result<String, Error> {
+    super::metered::pay(state, &value)?;
     let indent: Option<usize> = options.get("indent")?;
     let ensure_ascii: Option<bool> = options.get("ensure_ascii")?;
     let sort_keys: Option<bool> = options.get("sort_keys")?;

@@ -71,6 +71,7 @@ fn requests_bring_variables() {
         ("[]", "found a sequence, expected an object"),
         ("{", "EOF while parsing an object at line 1 column 1"),
         (r#"{"messages": []}"#, "`messages` is set by the conversation: leave it out"),
+        (r#"{"paid:in": 1}"#, "`paid:in` is no name of a variable"),
         (&"[".repeat(100_000), "recursion limit exceeded at line 1 column 128"),
     ] {
         let error = render(json).unwrap_err().to_string();
@@ -144,6 +145,124 @@ fn hostile_templates_end() {
     assert!(matches!(rendered, Ok(_) | Err(TemplateError::Endless { .. })), "{rendered:?}");
     let recursion = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}";
     assert!(matches!(render(recursion), Err(TemplateError::Failed { line: 1, .. })));
+}
+
+/// Values that are short to build and have no end, in every place that reads a value to its end.
+#[test]
+fn values_that_have_no_end_are_paid_for_before_they_are_read() {
+    let shared = "{% set n = namespace(s=[1], t=[1]) %}{% for i in range(100) %}\
+                  {% set n.s = [n.s, n.s] %}{% set n.t = [n.t, n.t] %}{% endfor %}";
+    let maps = shared
+        .replace("[1]", "{'a': 1}")
+        .replace("[n.s, n.s]", "{'a': n.s, 'b': n.s}")
+        .replace("[n.t, n.t]", "{'a': n.t, 'b': n.t}");
+    let straight = shared.replace("[n.s, n.s]", "[n.s] + [n.s]");
+    let pairs = shared.replace("[n.s, n.s]", "n.s | zip(n.s) | list");
+    let cycle = "{% set n = namespace() %}{% set n.s = [n] %}{% set n.t = [n] %}".to_owned();
+    let long = "{% set n = namespace(s=['x' * 500000] * 9000, t='') %}".to_owned();
+    for build in [shared.to_owned(), maps, straight, pairs, cycle.clone()] {
+        for used in [
+            "{{ n.s == n.t }}",
+            "{{ 1 < 2 < n.s }}",
+            "{{ n.s != (n.t if true else 'k') }}",
+            "{{ n.s in [n.t] }}",
+            "{{ {n.s: 1} | length }}",
+            "{{ {'a': 1, 'b': 2}[n.s] }}",
+            "{{ [n.s, n.t] | unique | list | length }}",
+            "{{ [n.s, n.t] | sort | length }}",
+            "{{ n.s is eq n.t }}",
+            "{{ [n.s].count(n.t) }}",
+            "{{ [n.s] | select('equalto', n.t) | list | length }}",
+            "{% for x in [n.s, n.t] %}{{ loop.changed(x) }}{% endfor %}",
+            "{{ n.s | tojson(sort_keys=true) | length }}",
+            "{% macro f(x) %}{{ x }}{% endmacro %}{{ f(n.s) }}",
+        ] {
+            assert_endless(&(build.clone() + used));
+        }
+    }
+    for build in [shared.to_owned(), cycle, long] {
+        for used in [
+            "{{ n.s }}",
+            "{% set x = n.s ~ 'a' %}",
+            "{% set x = n.s | string %}",
+            "{% set x = n.s | upper %}",
+            "{% set x = n.s | tojson %}",
+            "{% set x = ','.join(n.s) %}",
+            "{% set x = [n.s] | join(',') %}",
+            "{% set x = '{}'.format(n.s) %}",
+            "{% set x = '%s' | format(n.s) %}",
+            "{% filter trim %}{{ n.s }}{% endfilter %}",
+            "{{ raise_exception(n.s) }}",
+        ] {
+            assert_endless(&(build.clone() + used));
+        }
+    }
+    for source in
+        ["{{ '{:>9999999999}'.format(1) }}", "{{ '{:.99999999999999999999999}'.format(1) }}"]
+    {
+        let error = render(source).unwrap_err().to_string();
+        assert!(error.contains("expected at most 4096"), "{source}: {error}");
+    }
+    let error = render("{{ 1 in messages == messages }}").unwrap_err();
+    assert!(matches!(error, TemplateError::Syntax { line: 1, .. }), "{error}");
+}
+
+fn assert_endless(source: &str) {
+    let rendered = render(source).map(|text| text.len());
+    assert!(matches!(rendered, Err(TemplateError::Endless { .. })), "{source}: {rendered:?}");
+}
+
+#[test]
+fn payments_change_no_result() {
+    for (source, expected) in [
+        (
+            "{{ 1 < 2 < 3 }}{{ 1 < 2 > 3 }}{{ 'a' == 'b' or 2 in [1, 2] and 3 not in [1] }}",
+            "TrueFalseTrue",
+        ),
+        (
+            "{{ 'a' == ('a' if messages else 'b') }}{{ ('a' if false else 'b') == 'a' }}",
+            "TrueFalse",
+        ),
+        (
+            "{% for i in [1, 2, 3] if i != 2 %}{% if i == 3 %}{% continue %}{% endif %}{{ i }}{% else %}-{% endfor %}",
+            "1",
+        ),
+        (
+            "{% for i in [] %}{% else %}none{% endfor %}{{ {'a': 1, 'b': {'c': 2}}.b['c'] }}",
+            "none2",
+        ),
+        ("{{ {'b': 1, 'a': 2} }}{{ (1, 2) }}{{ (1,) }}", "{'b': 1, 'a': 2}(1, 2)(1,)"),
+        (
+            "{% macro f(x, y='d') %}{{ x ~ y ~ (caller() if caller else '') }}{% endmacro %}{{ f('a') }}{% call f(1, y=2) %}c{% endcall %}",
+            "ad12c",
+        ),
+        (
+            "{% for x in [[1, [2]], 3] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}",
+            "123",
+        ),
+        (
+            "{% set ns = namespace(a=[]) %}{% for m in messages %}{% set ns.a = ns.a + [m.role] %}{% endfor %}{{ ns.a | join(', ') }}",
+            "system, user",
+        ),
+        (
+            "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list | length }}",
+            "1",
+        ),
+        (
+            "{{ [3, 1, 2] | sort | first }}{{ 'a-b' | replace('-', '+') | upper }}{{ '%s|%d' | format('x', 3) }}",
+            "1A+Bx|3",
+        ),
+        (
+            "{% for x in 'aab' | list %}{{ loop.changed(x) }}{% endfor %}{{ 'b' is in 'abc' }}{{ 1 is ne 2 }}",
+            "TrueFalseTrueTrueTrue",
+        ),
+        (
+            "{% set x %}a{% endset %}{{ x ~ 1 ~ none ~ true }}{% filter upper %}b{% endfilter %}",
+            "a1NoneTrueB",
+        ),
+    ] {
+        assert_eq!(render(source).unwrap(), expected, "{source}");
+    }
 }
 
 #[test]

@@ -31,6 +31,9 @@ impl TemplateVariables {
             if matches!(name.as_str(), "messages" | "add_generation_prompt") {
                 return Err(invalid(format!("`{name}` is set by the conversation: leave it out")));
             }
+            if name.starts_with(super::metered::PREFIX) {
+                return Err(invalid(format!("`{name}` is no name of a variable")));
+            }
             let value = object.get_item(&key).map_err(|error| invalid(error.to_string()))?;
             entries.push((name, value));
         }

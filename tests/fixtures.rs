@@ -127,7 +127,8 @@ async fn check_chat(client: &Client, chat: &ChatCase) -> Result<()> {
         .iter()
         .map(|message| ChatMessage { role: message.role.clone(), content: message.content.clone() })
         .collect();
-    let as_chat = client.generate(greedy(Input::Chat(Chat { messages }), 16)).await?;
+    let chat_of = Chat { messages, ..Chat::default() };
+    let as_chat = client.generate(greedy(Input::Chat(chat_of), 16)).await?;
     ensure!(usize::try_from(as_chat.started.prompt_tokens)? == chat.ids.len());
     let ids = TokenIds { ids: chat.ids.clone() };
     let as_tokens = client.generate(greedy(Input::Tokens(ids), 16)).await?;

@@ -30,7 +30,7 @@ fn public_spellings_hold() -> Result<()> {
     let service = &list(file, "service")[0];
     assert_eq!(service["name"], "Inference");
     let methods: Vec<_> = list(service, "method").iter().map(|method| &method["name"]).collect();
-    for name in ["Generate", "Tokenize", "Score", "ListModels"] {
+    for name in ["Generate", "Tokenize", "Detokenize", "Score", "ListModels", "GetModel"] {
         ensure!(methods.iter().any(|method| *method == name), "no method {name}: {methods:?}");
     }
 
@@ -51,15 +51,25 @@ fn public_spellings_hold() -> Result<()> {
             "tokens.ids",
             "chat.messages.role",
             "chat.messages.content",
+            "chat.template_variables",
             "sampling.temperature",
             "sampling.top_k",
             "sampling.top_p",
             "sampling.seed",
+            "sampling.min_p",
+            "sampling.repetition_penalty",
+            "sampling.frequency_penalty",
+            "sampling.presence_penalty",
+            "sampling.logit_bias",
             "stop.max_tokens",
             "stop.strings",
             "stop.ignore_eos",
+            "stop.token_ids",
             "resume.seed",
             "resume.token_ids",
+            "logprobs.top",
+            "echo",
+            "cache_salt",
             "grammar.json_schema",
             "grammar.json_object",
             "grammar.regex",
@@ -76,11 +86,33 @@ fn public_spellings_hold() -> Result<()> {
             "delta.token_ids",
             "delta.text",
             "finished.reason",
-            "finished.usage",
+            "delta.logprobs.top.logprob",
+            "prompt.token_ids",
+            "finished.usage.cached_tokens",
+            "finished.stop_string",
+            "finished.stop_token",
+            "finished.timings.first_token_seconds",
         ],
     )?;
-    reaches(".tercet.v1.TokenizeRequest", &["model", "text"])?;
-    reaches(".tercet.v1.TokenizeResponse", &["tokens.ids"])?;
+    reaches(".tercet.v1.TokenizeRequest", &["model", "text", "chat.messages", "token_bytes"])?;
+    reaches(".tercet.v1.TokenizeResponse", &["tokens.ids", "rendered", "token_bytes"])?;
+    reaches(".tercet.v1.DetokenizeRequest", &["model", "tokens.ids", "skip_special_tokens"])?;
+    reaches(".tercet.v1.DetokenizeResponse", &["text"])?;
+    reaches(".tercet.v1.GetModelRequest", &["model"])?;
+    reaches(
+        ".tercet.v1.GetModelResponse",
+        &[
+            "model.name",
+            "model.identity",
+            "architecture",
+            "quantization",
+            "kv_bytes_per_token",
+            "bos_token_id",
+            "eos_token_ids",
+            "has_chat_template",
+            "sampling_defaults.temperature",
+        ],
+    )?;
     reaches(".tercet.v1.ScoreRequest", &["model", "tokens.ids"])?;
     reaches(".tercet.v1.ScoreResponse", &["logprobs", "top_ids"])
 }

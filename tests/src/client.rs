@@ -68,7 +68,7 @@ impl Client {
     ///
     /// Returns an error if the request is refused.
     pub async fn tokenize(&self, text: &str) -> Result<Vec<u32>> {
-        let request = TokenizeRequest { model: String::new(), text: text.to_owned() };
+        let request = TokenizeRequest { text: text.to_owned(), ..TokenizeRequest::default() };
         let response = self.inference.clone().tokenize(request).await?.into_inner();
         Ok(response.tokens.context("no tokens")?.ids)
     }

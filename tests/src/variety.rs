@@ -144,7 +144,7 @@ impl Source<'_> {
                     role: role.to_owned(),
                     content: self.cut(dice, 100),
                 });
-                Input::Chat(Chat { messages: turns.into() })
+                Input::Chat(Chat { messages: turns.into(), ..Chat::default() })
             }
         }
     }

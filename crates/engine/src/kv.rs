@@ -13,7 +13,10 @@ use std::collections::HashMap;
 
 use thiserror::Error;
 
-use crate::plan::{PageId, SequenceId};
+use crate::{
+    model_file::ModelConfig,
+    plan::{PageId, SequenceId},
+};
 
 /// Positions in a page.
 pub const PAGE_POSITIONS: usize = 64;
@@ -35,6 +38,11 @@ pub(crate) struct KvShape {
 }
 
 impl KvShape {
+    /// Returns the shape for that many layers of a model.
+    pub(crate) fn new(config: &ModelConfig, layers: usize) -> Self {
+        Self { layers, kv_heads: config.kv_heads, head_dim: config.head_dim }
+    }
+
     /// Returns the bytes of a page.
     pub(crate) fn page_bytes(&self) -> usize {
         self.page_floats() * size_of::<f32>()

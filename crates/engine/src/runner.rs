@@ -86,11 +86,7 @@ impl StageRunner {
             Some(isa) => Kernels::new(isa).ok_or(EngineError::Isa(isa))?,
             None => Kernels::detect(),
         };
-        let shape = KvShape {
-            layers: layers.len(),
-            kv_heads: model.config.kv_heads,
-            head_dim: model.config.head_dim,
-        };
+        let shape = KvShape::new(&model.config, layers.len());
         let pages = options.kv_bytes / shape.page_bytes();
         if pages == 0 {
             let page_bytes = shape.page_bytes();

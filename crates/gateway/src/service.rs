@@ -66,6 +66,14 @@ struct Call<M> {
     seek_until: Instant,
 }
 
+/// What to know of a kind of message that any worker with the model answers.
+struct Ask<M> {
+    method: &'static str,
+    check: fn(M) -> Result<M, InvalidRequest>,
+    /// The field that names the model.
+    model: fn(&mut M) -> &mut String,
+}
+
 impl<M> Call<M> {
     fn is_expired(&self) -> bool {
         self.deadline.is_some_and(|deadline| deadline <= Instant::now())
@@ -113,6 +121,32 @@ impl Service {
 
     async fn resolve(&self, model: Option<&str>, until: Instant) -> Result<String, Status> {
         self.0.fleet.resolve(model, until).await.map_err(Status::from)
+    }
+
+    /// Has a worker answer what costs it next to nothing.
+    async fn ask<M, R, F>(
+        &self,
+        ask: Ask<M>,
+        request: Request<M>,
+        send: impl Fn(InferenceClient<Channel>, Request<M>) -> F,
+    ) -> Result<Response<R>, Status>
+    where
+        M: Clone,
+        F: Future<Output = Result<Response<R>, Status>>,
+    {
+        let span = span::server(ask.method, request.metadata());
+        let answered = async {
+            let (deadline, seek_until) = self.times(&request);
+            let mut message = (ask.check)(request.into_inner())?;
+            let named = (ask.model)(&mut message);
+            let asked = (!named.is_empty()).then_some(named.as_str());
+            let model = self.resolve(asked, seek_until).await?;
+            model.clone_into(named);
+            let want = Want { model, identity: None, tokens: 1 };
+            self.forward(Call { message, want, deadline, seek_until }, send).await
+        };
+        let outcome = answered.instrument(span.clone()).await;
+        self.answer(&span, outcome)
     }
 
     /// Makes a call at a worker, and once more if that worker is out of reach.
@@ -192,22 +226,30 @@ impl Inference for Service {
         &self,
         request: Request<v1::TokenizeRequest>,
     ) -> Result<Response<v1::TokenizeResponse>, Status> {
-        let span = span::server("tercet.v1.Inference/Tokenize", request.metadata());
-        let answered = async {
-            let (deadline, seek_until) = self.times(&request);
-            let mut spec = TokenizeSpec::from(request.into_inner());
-            let model = self.resolve(spec.model.as_deref(), seek_until).await?;
-            spec.model = Some(model.clone());
-            let want = Want { model, identity: None, tokens: 1 };
-            let message = v1::TokenizeRequest::from(spec);
-            self.forward(
-                Call { message, want, deadline, seek_until },
-                |mut client, request| async move { client.tokenize(request).await },
-            )
-            .await
+        let ask = Ask {
+            method: "tercet.v1.Inference/Tokenize",
+            check: |message: v1::TokenizeRequest| TokenizeSpec::try_from(message).map(Into::into),
+            model: |message: &mut v1::TokenizeRequest| &mut message.model,
         };
-        let outcome = answered.instrument(span.clone()).await;
-        self.answer(&span, outcome)
+        self.ask(ask, request, |mut client, request| async move { client.tokenize(request).await })
+            .await
+    }
+
+    async fn detokenize(
+        &self,
+        request: Request<v1::DetokenizeRequest>,
+    ) -> Result<Response<v1::DetokenizeResponse>, Status> {
+        let ask = Ask {
+            method: "tercet.v1.Inference/Detokenize",
+            check: Ok,
+            model: |message: &mut v1::DetokenizeRequest| &mut message.model,
+        };
+        self.ask(
+            ask,
+            request,
+            |mut client, request| async move { client.detokenize(request).await },
+        )
+        .await
     }
 
     async fn score(
@@ -240,6 +282,19 @@ impl Inference for Service {
     ) -> Result<Response<v1::ListModelsResponse>, Status> {
         let models = self.0.fleet.watch().borrow().models();
         Ok(Response::new(v1::ListModelsResponse { models }))
+    }
+
+    async fn get_model(
+        &self,
+        request: Request<v1::GetModelRequest>,
+    ) -> Result<Response<v1::GetModelResponse>, Status> {
+        let ask = Ask {
+            method: "tercet.v1.Inference/GetModel",
+            check: Ok,
+            model: |message: &mut v1::GetModelRequest| &mut message.model,
+        };
+        self.ask(ask, request, |mut client, request| async move { client.get_model(request).await })
+            .await
     }
 }
 

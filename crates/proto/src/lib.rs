@@ -2,8 +2,8 @@
 //!
 //! - [`v1`] is generated from `proto/tercet/v1`: messages, clients and servers.
 //!   [`FILE_DESCRIPTOR_SET`] feeds the reflection service.
-//! - [`GenerateSpec`], [`ScoreSpec`] and [`TokenizeSpec`] are requests that passed validation;
-//!   [`InvalidRequest`] says, field by field, why one did not.
+//! - [`GenerateSpec`], [`ScoreSpec`], [`TokenizeSpec`], [`DetokenizeSpec`] and [`GetModelSpec`] are
+//!   requests that passed validation; [`InvalidRequest`] says, field by field, why one did not.
 //! - [`Reason`] says why a call failed, in a gRPC status and back.
 //!
 //! ```text
@@ -23,9 +23,10 @@ pub use self::{
     deadline::timeout,
     grammar::{GrammarSpec, MAX_GRAMMAR_BYTES},
     request::{
-        GenerateSpec, Input, MAX_CACHE_SALT_BYTES, MAX_LOGIT_BIAS, MAX_LOGIT_BIASES, MAX_PENALTY,
-        MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS, ResumeSpec,
-        SamplingSpec, ScoreSpec, StopSpec, TokenizeSpec,
+        DetokenizeSpec, GenerateSpec, GetModelSpec, Input, MAX_CACHE_SALT_BYTES, MAX_LOGIT_BIAS,
+        MAX_LOGIT_BIASES, MAX_PENALTY, MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS, MAX_STOP_TOKENS,
+        MAX_TEMPLATE_VARIABLES, MAX_TEMPLATE_VARIABLES_BYTES, MAX_TOP_LOGPROBS, ResumeSpec,
+        SamplingSpec, ScoreSpec, StopSpec, TokenizeInput, TokenizeSpec,
     },
     status::{DOMAIN, Reason, UnknownReason, is_broken, is_movable, is_unreachable, retry_after},
     violation::{InvalidRequest, Violation},

@@ -9,8 +9,12 @@ use crate::grammar::{self, GrammarSpec};
 use crate::v1;
 use crate::violation::{InvalidRequest, Violations};
 
+mod check;
 #[cfg(test)]
 mod tests;
+mod tokens;
+
+pub use self::tokens::{DetokenizeSpec, GetModelSpec, ScoreSpec, TokenizeInput, TokenizeSpec};
 
 /// Most stop strings of one request: each is matched against every token's text.
 pub const MAX_STOP_STRINGS: usize = 16;
@@ -28,6 +32,10 @@ pub const MAX_PENALTY: f32 = 2.0;
 pub const MAX_TOP_LOGPROBS: u32 = 20;
 /// Longest cache salt, in bytes.
 pub const MAX_CACHE_SALT_BYTES: usize = 256;
+/// Most variables for the chat template.
+pub const MAX_TEMPLATE_VARIABLES: usize = 64;
+/// Most bytes of their names and values together.
+pub const MAX_TEMPLATE_VARIABLES_BYTES: usize = 64 << 10;
 
 /// A completion to generate.
 #[derive(Clone, Debug, PartialEq)]
@@ -54,14 +62,15 @@ pub struct GenerateSpec {
 }
 
 /// What a completion continues.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Input {
     /// Text for the model's tokenizer; may be empty.
     Prompt(String),
     /// Token ids, used as given; at least one.
     Tokens(Vec<u32>),
-    /// Messages for the model's chat template; at least one, each with a role.
-    Chat(Vec<v1::ChatMessage>),
+    /// Messages for the model's chat template, at least one, each with a role; and at most
+    /// [`MAX_TEMPLATE_VARIABLES`] variables, of which nobody has read the JSON yet.
+    Chat(v1::Chat),
 }
 
 /// Overrides of the model's sampling defaults.
@@ -135,11 +144,11 @@ impl TryFrom<v1::GenerateRequest> for GenerateSpec {
         let stop = stop.unwrap_or_default();
 
         let mut violations = Violations::default();
-        check_input(input.as_ref(), &mut violations);
-        check_sampling(&sampling, &mut violations);
-        check_stop(&stop, &mut violations);
+        check::input(input.as_ref(), &mut violations);
+        check::sampling(&sampling, &mut violations);
+        check::stop(&stop, &mut violations);
         if let Some(resume) = &resume {
-            check_resume(resume, &sampling, &stop, &mut violations);
+            check::resume(resume, &sampling, &stop, &mut violations);
         }
         if let Some(v1::Logprobs { top }) = logprobs {
             violations.require(top <= MAX_TOP_LOGPROBS, "logprobs.top", || {
@@ -155,11 +164,11 @@ impl TryFrom<v1::GenerateRequest> for GenerateSpec {
         violations.finish()?;
 
         Ok(Self {
-            model: name(model),
+            model: tokens::name(model),
             input: match input.expect("checked above") {
                 v1::generate_request::Input::Prompt(text) => Input::Prompt(text),
                 v1::generate_request::Input::Tokens(tokens) => Input::Tokens(tokens.ids),
-                v1::generate_request::Input::Chat(chat) => Input::Chat(chat.messages),
+                v1::generate_request::Input::Chat(chat) => Input::Chat(chat),
             },
             sampling: SamplingSpec {
                 temperature: sampling.temperature,
@@ -205,7 +214,7 @@ impl From<GenerateSpec> for v1::GenerateRequest {
             input: Some(match input {
                 Input::Prompt(text) => v1::generate_request::Input::Prompt(text),
                 Input::Tokens(ids) => v1::generate_request::Input::Tokens(v1::TokenIds { ids }),
-                Input::Chat(messages) => v1::generate_request::Input::Chat(v1::Chat { messages }),
+                Input::Chat(chat) => v1::generate_request::Input::Chat(chat),
             }),
             sampling: Some(v1::Sampling {
                 temperature: sampling.temperature,
@@ -230,171 +239,5 @@ impl From<GenerateSpec> for v1::GenerateRequest {
             cache_salt,
             grammar: grammar.map(Into::into),
         }
-    }
-}
-
-/// Tokens to score.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct ScoreSpec {
-    /// Name of the model; `None` asks for the only one served.
-    pub model: Option<String>,
-    /// At least two.
-    pub tokens: Vec<u32>,
-}
-
-impl TryFrom<v1::ScoreRequest> for ScoreSpec {
-    type Error = InvalidRequest;
-
-    fn try_from(request: v1::ScoreRequest) -> Result<Self, Self::Error> {
-        let tokens = request.tokens.unwrap_or_default().ids;
-        if tokens.len() < 2 {
-            let description = format!("must hold at least 2 ids, got {}", tokens.len());
-            return Err(InvalidRequest::new("tokens.ids", description));
-        }
-        Ok(Self { model: name(request.model), tokens })
-    }
-}
-
-impl From<ScoreSpec> for v1::ScoreRequest {
-    fn from(spec: ScoreSpec) -> Self {
-        let tokens = Some(v1::TokenIds { ids: spec.tokens });
-        Self { model: spec.model.unwrap_or_default(), tokens }
-    }
-}
-
-/// A text to tokenize.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct TokenizeSpec {
-    /// Name of the model; `None` asks for the only one served.
-    pub model: Option<String>,
-    /// The text; may be empty.
-    pub text: String,
-}
-
-impl From<v1::TokenizeRequest> for TokenizeSpec {
-    fn from(request: v1::TokenizeRequest) -> Self {
-        Self { model: name(request.model), text: request.text }
-    }
-}
-
-impl From<TokenizeSpec> for v1::TokenizeRequest {
-    fn from(spec: TokenizeSpec) -> Self {
-        Self { model: spec.model.unwrap_or_default(), text: spec.text }
-    }
-}
-
-fn name(model: String) -> Option<String> {
-    (!model.is_empty()).then_some(model)
-}
-
-fn check_input(input: Option<&v1::generate_request::Input>, violations: &mut Violations) {
-    match input {
-        None => violations.require(false, "input", || {
-            "one of prompt, tokens and chat must be set, got none".to_owned()
-        }),
-        Some(v1::generate_request::Input::Prompt(_)) => {}
-        Some(v1::generate_request::Input::Tokens(tokens)) => {
-            violations.require(!tokens.ids.is_empty(), "tokens.ids", || {
-                "must hold at least 1 id, got 0".to_owned()
-            });
-        }
-        Some(v1::generate_request::Input::Chat(chat)) => {
-            violations.require(!chat.messages.is_empty(), "chat.messages", || {
-                "must hold at least 1 message, got 0".to_owned()
-            });
-            for (nth, message) in chat.messages.iter().enumerate() {
-                let field = format!("chat.messages[{nth}].role");
-                violations.require(!message.role.is_empty(), &field, || {
-                    "must not be empty: say who speaks, such as user".to_owned()
-                });
-            }
-        }
-    }
-}
-
-fn check_sampling(sampling: &v1::Sampling, violations: &mut Violations) {
-    if let Some(temperature) = sampling.temperature {
-        // NaN fails both comparisons.
-        let holds = temperature.is_finite() && temperature >= 0.0;
-        violations.require(holds, "sampling.temperature", || {
-            format!("must be finite and at least 0, got {temperature}")
-        });
-    }
-    if let Some(top_p) = sampling.top_p {
-        violations.require(top_p > 0.0 && top_p <= 1.0, "sampling.top_p", || {
-            format!("must be above 0 and at most 1, got {top_p}")
-        });
-    }
-    if let Some(min_p) = sampling.min_p {
-        violations.require((0.0..=1.0).contains(&min_p), "sampling.min_p", || {
-            format!("must be 0 to 1, got {min_p}")
-        });
-    }
-    if let Some(penalty) = sampling.repetition_penalty {
-        let holds = penalty.is_finite() && penalty > 0.0;
-        violations.require(holds, "sampling.repetition_penalty", || {
-            format!("must be finite and above 0, got {penalty}")
-        });
-    }
-    for (field, penalty) in [
-        ("sampling.frequency_penalty", sampling.frequency_penalty),
-        ("sampling.presence_penalty", sampling.presence_penalty),
-    ] {
-        let penalty = penalty.unwrap_or_default();
-        violations.require((-MAX_PENALTY..=MAX_PENALTY).contains(&penalty), field, || {
-            format!("must be -{MAX_PENALTY} to {MAX_PENALTY}, got {penalty}")
-        });
-    }
-    let biases = sampling.logit_bias.len();
-    violations.require(biases <= MAX_LOGIT_BIASES, "sampling.logit_bias", || {
-        format!("must hold at most {MAX_LOGIT_BIASES} ids, got {biases}")
-    });
-    for (id, bias) in sampling.logit_bias.iter().take(MAX_LOGIT_BIASES) {
-        let holds = (-MAX_LOGIT_BIAS..=MAX_LOGIT_BIAS).contains(bias);
-        violations.require(holds, &format!("sampling.logit_bias[{id}]"), || {
-            format!("must be -{MAX_LOGIT_BIAS} to {MAX_LOGIT_BIAS}, got {bias}")
-        });
-    }
-}
-
-fn check_stop(stop: &v1::Stop, violations: &mut Violations) {
-    violations.require(stop.max_tokens != Some(0), "stop.max_tokens", || {
-        "must be at least 1, got 0; leave it out for no bound".to_owned()
-    });
-    violations.require(stop.strings.len() <= MAX_STOP_STRINGS, "stop.strings", || {
-        format!("must hold at most {MAX_STOP_STRINGS} strings, got {}", stop.strings.len())
-    });
-    violations.require(stop.token_ids.len() <= MAX_STOP_TOKENS, "stop.token_ids", || {
-        format!("must hold at most {MAX_STOP_TOKENS} ids, got {}", stop.token_ids.len())
-    });
-    for (nth, string) in stop.strings.iter().take(MAX_STOP_STRINGS).enumerate() {
-        let field = format!("stop.strings[{nth}]");
-        violations.require(!string.is_empty(), &field, || "must not be empty".to_owned());
-        violations.require(string.len() <= MAX_STOP_STRING_BYTES, &field, || {
-            format!("must be at most {MAX_STOP_STRING_BYTES} bytes long, got {}", string.len())
-        });
-    }
-}
-
-fn check_resume(
-    resume: &v1::Resume,
-    sampling: &v1::Sampling,
-    stop: &v1::Stop,
-    violations: &mut Violations,
-) {
-    if let Some(seed) = sampling.seed {
-        violations.require(seed == resume.seed, "resume.seed", || {
-            format!("must equal sampling.seed {seed}, got {}", resume.seed)
-        });
-    }
-    if let Some(max_tokens) = stop.max_tokens {
-        // A resume of exactly max_tokens ids is fine: all that was lost is `finished`.
-        let holds = u64::try_from(resume.token_ids.len()).is_ok_and(|n| n <= max_tokens.into());
-        violations.require(holds, "resume.token_ids", || {
-            format!(
-                "must hold at most stop.max_tokens {max_tokens} ids, got {}",
-                resume.token_ids.len()
-            )
-        });
     }
 }

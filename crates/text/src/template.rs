@@ -49,7 +49,7 @@ pub enum TemplateError {
         reason: String,
     },
     /// The variables for the template are not usable: the request's fault.
-    #[error("the variables of the chat template are not usable: {reason}")]
+    #[error("the variables of the chat template are not usable: {reason}", reason = Excerpt(.reason))]
     Variables {
         /// What is wrong.
         reason: String,

@@ -8,8 +8,8 @@ use std::{
 
 use tercet_engine::{Engine, Output, SamplingParams, SequenceRequest, plan::Scores};
 use tercet_proto::{
-    GenerateSpec, GrammarSpec, Input, InvalidRequest, Reason, SamplingSpec, ScoreSpec,
-    TokenizeSpec,
+    DetokenizeSpec, GenerateSpec, GetModelSpec, GrammarSpec, Input, InvalidRequest, Reason,
+    SamplingSpec, ScoreSpec, TokenizeSpec,
     v1::{self, inference_server::Inference},
 };
 use tercet_telemetry::{Component, Operation};
@@ -165,15 +165,30 @@ impl Inference for InferenceService {
     ) -> Result<Response<v1::TokenizeResponse>, Status> {
         let call = Call::new("tercet.v1.Inference/Tokenize", &request);
         let tokenized = async {
-            let TokenizeSpec { model, text } = request.into_inner().into();
+            let TokenizeSpec { model, input, token_bytes } = request.into_inner().try_into()?;
             let model = self.core.find(model.as_deref())?;
             model.serving()?;
-            let encoded =
-                blocking(&model, move |loaded| Ok(prompt::encode(loaded, &text, "text")?));
-            let ids = encoded.await?;
-            Ok(v1::TokenizeResponse { tokens: Some(v1::TokenIds { ids }) })
+            blocking(&model, move |loaded| prompt::tokenize(loaded, input, token_bytes)).await
         };
         call.answer(tokenized).await
+    }
+
+    async fn detokenize(
+        &self,
+        request: Request<v1::DetokenizeRequest>,
+    ) -> Result<Response<v1::DetokenizeResponse>, Status> {
+        let call = Call::new("tercet.v1.Inference/Detokenize", &request);
+        let detokenized = async {
+            let DetokenizeSpec { model, tokens, skip_special_tokens } = request.into_inner().into();
+            let model = self.core.find(model.as_deref())?;
+            model.serving()?;
+            let vocab = model.facts.config.vocab;
+            let decoded = blocking(&model, move |loaded| {
+                Ok(prompt::detokenize(loaded, vocab, &tokens, skip_special_tokens)?)
+            });
+            decoded.await
+        };
+        call.answer(detokenized).await
     }
 
     async fn score(
@@ -201,6 +216,22 @@ impl Inference for InferenceService {
         });
         let models = ready.collect();
         call.answer(std::future::ready(Ok(v1::ListModelsResponse { models }))).await
+    }
+
+    async fn get_model(
+        &self,
+        request: Request<v1::GetModelRequest>,
+    ) -> Result<Response<v1::GetModelResponse>, Status> {
+        let call = Call::new("tercet.v1.Inference/GetModel", &request);
+        let described = async {
+            let GetModelSpec { model } = request.into_inner().into();
+            let model = self.core.find(model.as_deref())?;
+            let (loaded, _) = model.serving()?;
+            // It may have begun to drain since.
+            let Phase::Ready(identity) = model.phase() else { return Err(model.draining()) };
+            Ok(model.facts.describe(&identity, loaded.tokenizer.special()))
+        };
+        call.answer(described).await
     }
 }
 

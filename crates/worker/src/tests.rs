@@ -10,6 +10,7 @@ mod models;
 mod pipeline;
 mod refusals;
 mod reports;
+mod texts;
 
 use std::{future::Future, ops::Range, sync::Arc, time::Duration};
 
@@ -229,6 +230,21 @@ async fn read_on(
             other => panic!("{other:?}"),
         }
     }
+}
+
+/// Returns all that a stream says, apart from timings.
+async fn events(node: &Node, request: v1::GenerateRequest) -> Vec<Event> {
+    let mut stream = begin(node, request).await.unwrap();
+    let mut events = Vec::new();
+    while let Some(event) = next(&mut stream).await.unwrap() {
+        events.push(match event {
+            Event::Finished(finished) => {
+                Event::Finished(v1::Finished { timings: None, ..finished })
+            }
+            event => event,
+        });
+    }
+    events
 }
 
 async fn next(stream: &mut Streaming<v1::GenerateResponse>) -> Result<Option<Event>, Status> {

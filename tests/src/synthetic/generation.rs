@@ -16,7 +16,7 @@ use tonic::Status;
 use super::{
     Formula, Omission,
     formula::Limits,
-    inference::{Shared, prompt_ids},
+    inference::{Shared, chat_ids, prompt_ids},
     load::Aboard,
 };
 
@@ -65,15 +65,7 @@ impl Generation {
         let prompt = match &spec.input {
             Input::Prompt(text) => prompt_ids(text),
             Input::Tokens(ids) => ids.clone(),
-            Input::Chat(messages) => messages
-                .iter()
-                .flat_map(|message| {
-                    prompt_ids(&message.role)
-                        .into_iter()
-                        .chain([1])
-                        .chain(prompt_ids(&message.content))
-                })
-                .collect(),
+            Input::Chat(chat) => chat_ids(chat),
         };
         let prompt_tokens = count(prompt.len());
         let formula = Formula::new(&prompt, seed);

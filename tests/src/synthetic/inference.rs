@@ -8,7 +8,7 @@ use std::{
 
 use futures::stream::BoxStream;
 use tercet_proto::{
-    GenerateSpec, Reason, ScoreSpec,
+    GenerateSpec, GetModelSpec, Reason, ScoreSpec, TokenizeInput, TokenizeSpec,
     v1::{self, inference_server::Inference},
 };
 use tokio::{sync::watch, time::Instant};
@@ -104,8 +104,24 @@ impl Inference for SyntheticInference {
         request: Request<v1::TokenizeRequest>,
     ) -> Result<Response<v1::TokenizeResponse>, Status> {
         self.0.check_state()?;
-        let ids = prompt_ids(&request.into_inner().text);
-        Ok(Response::new(v1::TokenizeResponse { tokens: Some(v1::TokenIds { ids }) }))
+        let ids = match TokenizeSpec::try_from(request.into_inner())?.input {
+            TokenizeInput::Text(text) => prompt_ids(&text),
+            TokenizeInput::Chat(chat) => chat_ids(&chat),
+        };
+        let tokens = Some(v1::TokenIds { ids });
+        Ok(Response::new(v1::TokenizeResponse { tokens, ..Default::default() }))
+    }
+
+    async fn detokenize(
+        &self,
+        request: Request<v1::DetokenizeRequest>,
+    ) -> Result<Response<v1::DetokenizeResponse>, Status> {
+        self.0.check_state()?;
+        let ids = request.into_inner().tokens.unwrap_or_default().ids;
+        let byte = |id: u32| id.checked_sub(FIRST_BYTE).and_then(|byte| u8::try_from(byte).ok());
+        let bytes: Vec<u8> = ids.into_iter().filter_map(byte).collect();
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        Ok(Response::new(v1::DetokenizeResponse { text }))
     }
 
     async fn score(
@@ -124,6 +140,24 @@ impl Inference for SyntheticInference {
     ) -> Result<Response<v1::ListModelsResponse>, Status> {
         Ok(Response::new(v1::ListModelsResponse { models: vec![self.0.model()] }))
     }
+
+    async fn get_model(
+        &self,
+        request: Request<v1::GetModelRequest>,
+    ) -> Result<Response<v1::GetModelResponse>, Status> {
+        self.0.check_model(GetModelSpec::from(request.into_inner()).model.as_deref())?;
+        self.0.check_state()?;
+        let model = Some(self.0.model());
+        Ok(Response::new(v1::GetModelResponse { model, ..Default::default() }))
+    }
+}
+
+/// Returns the token ids of a chat: of each message the role, a 1, and the content.
+pub(super) fn chat_ids(chat: &v1::Chat) -> Vec<u32> {
+    let ids = |message: &v1::ChatMessage| {
+        [prompt_ids(&message.role), vec![1], prompt_ids(&message.content)].concat()
+    };
+    chat.messages.iter().flat_map(ids).collect()
 }
 
 /// Returns the token ids of a text: its bytes.

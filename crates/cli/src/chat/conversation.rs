@@ -41,7 +41,7 @@ impl Conversation {
             messages.push(message("assistant", &turn.assistant));
         }
         messages.push(message("user", text));
-        Input::Chat(Chat { messages })
+        Input::Chat(Chat { messages, ..Chat::default() })
     }
 
     /// Remembers what was said and what the model said to it. Without an answer neither counts:

@@ -184,8 +184,7 @@ fn run(
     chunk: usize,
     prompts: &[Vec<u32>],
 ) -> Outcome {
-    let shape =
-        KvShape { layers: config.layers, kv_heads: config.kv_heads, head_dim: config.head_dim };
+    let shape = KvShape::new(config, config.layers);
     let pages = prompts.iter().map(|prompt| pages_for(prompt.len())).sum();
     let mut kv = KvCache::new(shape, pages);
     let mut free = (0..u32::try_from(pages).unwrap()).map(PageId);

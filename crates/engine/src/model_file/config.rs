@@ -5,6 +5,7 @@ use std::ops::RangeInclusive;
 use serde::Serialize;
 
 use super::error::ModelError;
+use crate::kv::{KvShape, PAGE_POSITIONS};
 
 /// Architectures this version runs, as named in error messages.
 pub(crate) const SUPPORTED: &str = "BitNetForCausalLM, BitnetForCausalLM, LlamaForCausalLM and \
@@ -194,6 +195,11 @@ impl ModelConfig {
     /// Returns the width of all key (or value) heads together.
     pub fn kv_width(&self) -> usize {
         self.kv_heads * self.head_dim
+    }
+
+    /// Returns the bytes that one position takes in the KV cache, in all layers.
+    pub fn kv_bytes_per_position(&self) -> usize {
+        KvShape::new(self, self.layers).page_bytes() / PAGE_POSITIONS
     }
 
     /// Refuses shapes no model of this kind can have.

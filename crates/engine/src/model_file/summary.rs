@@ -1,6 +1,6 @@
 //! What a model file holds, for people and for scripts.
 
-use std::fmt;
+use std::{collections::BTreeMap, fmt};
 
 use serde::Serialize;
 use tercet_text::TokenizerSource;
@@ -109,6 +109,16 @@ impl ModelFile {
             totals,
             tensors,
         }
+    }
+
+    /// Returns how the file stores most of its ternary weights; empty if it has none.
+    pub fn quantization(&self) -> String {
+        let mut weights: BTreeMap<String, usize> = BTreeMap::new();
+        for tensor in self.tensors.iter().filter(|tensor| tensor.storage.is_ternary()) {
+            *weights.entry(tensor.storage.name()).or_default() += tensor.rows * tensor.cols;
+        }
+        let most = weights.into_iter().max_by_key(|(_, count)| *count);
+        most.map(|(name, _)| name).unwrap_or_default()
     }
 }
 

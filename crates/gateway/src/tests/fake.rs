@@ -157,6 +157,12 @@ impl FakeWorker {
         self.seen.lock().unwrap().clone()
     }
 
+    /// Takes a unary call: fails if that is what the test wants.
+    fn asked(&self) -> Result<(), Status> {
+        *self.unary_calls.lock().unwrap() += 1;
+        self.unary.lock().unwrap().pop_front().map_or(Ok(()), Err)
+    }
+
     /// Returns when that many generations have been asked for, without letting time pass.
     pub(super) async fn until_seen(&self, count: usize) {
         while self.seen().len() < count {
@@ -267,22 +273,30 @@ impl Inference for FakeService {
         &self,
         request: Request<v1::TokenizeRequest>,
     ) -> Result<Response<v1::TokenizeResponse>, Status> {
-        *self.0.unary_calls.lock().unwrap() += 1;
-        if let Some(status) = self.0.unary.lock().unwrap().pop_front() {
-            return Err(status);
-        }
-        let ids = request.into_inner().text.bytes().map(u32::from).collect();
-        Ok(Response::new(v1::TokenizeResponse { tokens: Some(v1::TokenIds { ids }) }))
+        self.0.asked()?;
+        let v1::TokenizeRequest { text, chat, .. } = request.into_inner();
+        let rendered: String =
+            chat.unwrap_or_default().messages.into_iter().map(|message| message.content).collect();
+        let ids = text.bytes().chain(rendered.bytes()).map(u32::from).collect();
+        let tokens = Some(v1::TokenIds { ids });
+        Ok(Response::new(v1::TokenizeResponse { tokens, rendered, ..Default::default() }))
+    }
+
+    async fn detokenize(
+        &self,
+        request: Request<v1::DetokenizeRequest>,
+    ) -> Result<Response<v1::DetokenizeResponse>, Status> {
+        self.0.asked()?;
+        let ids = request.into_inner().tokens.unwrap_or_default().ids;
+        let text = ids.into_iter().map(|id| char::from_u32(id).unwrap()).collect();
+        Ok(Response::new(v1::DetokenizeResponse { text }))
     }
 
     async fn score(
         &self,
         request: Request<v1::ScoreRequest>,
     ) -> Result<Response<v1::ScoreResponse>, Status> {
-        *self.0.unary_calls.lock().unwrap() += 1;
-        if let Some(status) = self.0.unary.lock().unwrap().pop_front() {
-            return Err(status);
-        }
+        self.0.asked()?;
         let top_ids = request.into_inner().tokens.unwrap_or_default().ids;
         Ok(Response::new(v1::ScoreResponse { logprobs: vec![-1.0; top_ids.len() - 1], top_ids }))
     }
@@ -292,6 +306,15 @@ impl Inference for FakeService {
         _request: Request<v1::ListModelsRequest>,
     ) -> Result<Response<v1::ListModelsResponse>, Status> {
         Err(Status::unimplemented("the gateway knows by itself"))
+    }
+
+    async fn get_model(
+        &self,
+        request: Request<v1::GetModelRequest>,
+    ) -> Result<Response<v1::GetModelResponse>, Status> {
+        self.0.asked()?;
+        let info = v1::ModelInfo { name: request.into_inner().model, ..Default::default() };
+        Ok(Response::new(v1::GetModelResponse { model: Some(info), ..Default::default() }))
     }
 }
 

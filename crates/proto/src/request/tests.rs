@@ -48,6 +48,7 @@ fn specs_turn_back_into_the_request() {
         v1::generate_request::Input::Tokens(v1::TokenIds { ids: vec![0, 7] }),
         v1::generate_request::Input::Chat(v1::Chat {
             messages: vec![v1::ChatMessage { role: "user".to_owned(), content: String::new() }],
+            template_variables: [("enable_thinking".to_owned(), "false".to_owned())].into(),
         }),
     ];
     for input in inputs {
@@ -95,6 +96,7 @@ fn an_input_is_required() {
             v1::ChatMessage { role: "system".to_owned(), content: String::new() },
             v1::ChatMessage::default(),
         ],
+        ..Default::default()
     });
     assert_eq!(
         refused(v1::GenerateRequest { input: Some(chat), ..prompt() }),
@@ -232,6 +234,74 @@ fn scores_need_two_tokens() {
     let spec = ScoreSpec::try_from(request.clone()).unwrap();
     assert_eq!(spec.model.as_deref(), Some("demo"));
     assert_eq!(v1::ScoreRequest::from(spec), request);
+}
+
+/// Returns a chat of one message.
+fn chat() -> v1::Chat {
+    let message = v1::ChatMessage { role: "user".to_owned(), content: "Hello".to_owned() };
+    v1::Chat { messages: vec![message], ..Default::default() }
+}
+
+/// Returns the fields that a text or chat is not tokenized for.
+fn not_tokenized(request: v1::TokenizeRequest) -> Vec<String> {
+    let invalid = TokenizeSpec::try_from(request).unwrap_err();
+    invalid.violations().iter().map(|violation| violation.field.clone()).collect()
+}
+
+#[test]
+fn template_variables_are_bounded() {
+    let many = |n: usize| -> BTreeMap<String, String> {
+        (0..n).map(|nth| (format!("v{nth:02}"), "1".to_owned())).collect()
+    };
+    let long = |n: usize| BTreeMap::from([("v".to_owned(), "x".repeat(n - 1))]);
+    let with = |template_variables| v1::Chat { template_variables, ..chat() };
+    let generate = |chat| v1::GenerateRequest {
+        input: Some(v1::generate_request::Input::Chat(chat)),
+        ..Default::default()
+    };
+    let tokenize = |chat| v1::TokenizeRequest { chat: Some(chat), ..Default::default() };
+    for variables in [many(MAX_TEMPLATE_VARIABLES), long(MAX_TEMPLATE_VARIABLES_BYTES)] {
+        assert!(GenerateSpec::try_from(generate(with(variables.clone()))).is_ok());
+        assert!(TokenizeSpec::try_from(tokenize(with(variables))).is_ok());
+    }
+    for variables in [many(MAX_TEMPLATE_VARIABLES + 1), long(MAX_TEMPLATE_VARIABLES_BYTES + 1)] {
+        assert_eq!(refused(generate(with(variables.clone()))), ["chat.template_variables"]);
+        assert_eq!(not_tokenized(tokenize(with(variables))), ["chat.template_variables"]);
+    }
+}
+
+#[test]
+fn a_text_or_a_chat_is_tokenized() {
+    let text = v1::TokenizeRequest { text: "a".to_owned(), ..Default::default() };
+    let chat = v1::TokenizeRequest {
+        model: "demo".to_owned(),
+        chat: Some(chat()),
+        token_bytes: true,
+        ..Default::default()
+    };
+    for request in [v1::TokenizeRequest::default(), text.clone(), chat.clone()] {
+        let spec = TokenizeSpec::try_from(request.clone()).unwrap();
+        assert_eq!(v1::TokenizeRequest::from(spec), request);
+    }
+    assert_eq!(not_tokenized(v1::TokenizeRequest { text: text.text, ..chat }), ["text"]);
+    let empty = v1::TokenizeRequest { chat: Some(v1::Chat::default()), ..Default::default() };
+    assert_eq!(not_tokenized(empty), ["chat.messages"]);
+}
+
+#[test]
+fn what_is_asked_of_tokens_and_models_turns_back() {
+    let request = v1::DetokenizeRequest {
+        model: "demo".to_owned(),
+        tokens: Some(v1::TokenIds { ids: vec![3, 4] }),
+        skip_special_tokens: true,
+    };
+    assert_eq!(v1::DetokenizeRequest::from(DetokenizeSpec::from(request.clone())), request);
+    let nothing = DetokenizeSpec::from(v1::DetokenizeRequest::default());
+    assert_eq!((nothing.model, nothing.tokens), (None, Vec::new()));
+
+    let request = v1::GetModelRequest { model: "demo".to_owned() };
+    assert_eq!(v1::GetModelRequest::from(GetModelSpec::from(request.clone())), request);
+    assert_eq!(GetModelSpec::from(v1::GetModelRequest::default()).model, None);
 }
 
 #[test]

@@ -80,6 +80,33 @@ fn requests_bring_variables() {
 }
 
 #[test]
+fn variables_are_set_one_by_one() {
+    let source = "{{ tools | tojson }} {{ deep }} {{ enable_thinking }} {{ messages | length }}";
+    let template = ChatTemplate::new(source, "", "").unwrap();
+    let mut variables = TemplateVariables::default();
+    for (name, json) in [
+        ("tools", r#"[{"z": 1, "a": 2.0}]"#),
+        ("deep", "\"yes\""),
+        ("deep", "\"no\""),
+        ("enable_thinking", "false"),
+    ] {
+        variables.set(name, json).unwrap();
+    }
+    let rendered = template.render_with(&[message("user", "a")], true, &variables);
+    assert_eq!(rendered.unwrap(), r#"[{"z": 1, "a": 2.0}] no False 1"#);
+    for (name, json, expected) in [
+        ("messages", "[]", "`messages` is set by the conversation: leave it out"),
+        ("add_generation_prompt", "1", "`add_generation_prompt` is set by the conversation"),
+        ("deep", "yes", "expected value at line 1 column 1"),
+        ("deep", "1, 2", "trailing characters at line 1 column 2"),
+        ("deep", "", "EOF while parsing a value"),
+    ] {
+        let error = variables.set(name, json).unwrap_err().to_string();
+        assert!(error.contains(expected), "{name} {json}: {error}");
+    }
+}
+
+#[test]
 fn tojson_writes_as_python_does() {
     // `json.dumps(value, ensure_ascii=False)` in Python.
     for (source, expected) in [

@@ -19,25 +19,37 @@ impl TemplateVariables {
     /// # Errors
     /// The text is no JSON object, or sets a variable that is the conversation's.
     pub fn from_json(json: &str) -> Result<Self, TemplateError> {
-        let invalid = |reason: String| TemplateError::Variables { reason };
-        let object: Value =
-            serde_json::from_str(json).map_err(|error| invalid(error.to_string()))?;
+        let object = parse(json)?;
         if object.kind() != minijinja::value::ValueKind::Map {
             return Err(invalid(format!("found a {}, expected an object", object.kind())));
         }
-        let mut entries = Vec::new();
-        for key in object.try_iter().map_err(|error| invalid(error.to_string()))? {
-            let name = key.to_string();
-            if matches!(name.as_str(), "messages" | "add_generation_prompt") {
-                return Err(invalid(format!("`{name}` is set by the conversation: leave it out")));
-            }
-            if name.starts_with(super::metered::PREFIX) {
-                return Err(invalid(format!("`{name}` is no name of a variable")));
-            }
-            let value = object.get_item(&key).map_err(|error| invalid(error.to_string()))?;
-            entries.push((name, value));
+        let mut variables = Self { entries: Vec::new(), bytes: json.len() };
+        for key in object.try_iter().map_err(invalid)? {
+            let value = object.get_item(&key).map_err(invalid)?;
+            variables.add(key.to_string(), value)?;
         }
-        Ok(Self { entries, bytes: json.len() })
+        Ok(variables)
+    }
+
+    /// Sets a variable to a JSON value; the order of keys inside it is kept.
+    ///
+    /// # Errors
+    /// The text is no JSON value, or the variable is the conversation's.
+    pub fn set(&mut self, name: &str, json: &str) -> Result<(), TemplateError> {
+        self.add(name.to_owned(), parse(json)?)?;
+        self.bytes += name.len() + json.len();
+        Ok(())
+    }
+
+    fn add(&mut self, name: String, value: Value) -> Result<(), TemplateError> {
+        if matches!(name.as_str(), "messages" | "add_generation_prompt") {
+            return Err(invalid(format!("`{name}` is set by the conversation: leave it out")));
+        }
+        if name.starts_with(super::metered::PREFIX) {
+            return Err(invalid(format!("`{name}` is no name of a variable")));
+        }
+        self.entries.push((name, value));
+        Ok(())
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (&str, Value)> {
@@ -47,4 +59,12 @@ impl TemplateVariables {
     pub(super) fn bytes(&self) -> usize {
         self.bytes
     }
+}
+
+fn parse(json: &str) -> Result<Value, TemplateError> {
+    serde_json::from_str(json).map_err(invalid)
+}
+
+fn invalid(reason: impl ToString) -> TemplateError {
+    TemplateError::Variables { reason: reason.to_string() }
 }

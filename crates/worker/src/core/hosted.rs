@@ -1,6 +1,7 @@
 //! One model of a worker: what is known of it, how far it is, who uses it.
 
 use std::{
+    collections::BTreeMap,
     fmt::Write as _,
     ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
@@ -10,11 +11,11 @@ use std::{
 use tercet_cluster::{LayerRange, ModelRecord, ModelState, Rate};
 use tercet_engine::{
     ComputePool, Engine, EngineOptions, ModelConfig, PAGE_POSITIONS,
-    model_file::{GenerationDefaults, ModelFile},
+    model_file::{GenerationDefaults, ModelFile, Totals},
 };
 use tercet_proto::{Reason, v1};
 use tercet_telemetry::{Component, Metrics};
-use tercet_text::{ChatTemplate, Grammars, Tokenizer};
+use tercet_text::{ChatTemplate, Grammars, SpecialTokens, Tokenizer};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -78,6 +79,10 @@ pub(crate) struct Facts {
     pub(crate) generation: GenerationDefaults,
     /// End-of-sequence tokens.
     pub(crate) eos: Vec<u32>,
+    has_chat_template: bool,
+    /// How the file stores most of the ternary weights.
+    quantization: String,
+    totals: Totals,
 }
 
 /// A model in memory.
@@ -141,6 +146,9 @@ impl Facts {
             header_digest: model.header_digest(),
             generation: model.generation,
             eos: model.special.eos.clone(),
+            has_chat_template: model.chat_template.is_some(),
+            quantization: model.quantization(),
+            totals: model.summary().totals,
             context: config.engine.context_of(&model.config),
             config: model.config.clone(),
         }
@@ -162,6 +170,41 @@ impl Facts {
             identity: identity.to_owned(),
             context_length: wire(self.context),
             vocab_size: wire(self.config.vocab),
+        }
+    }
+
+    /// Returns all that clients may want to know of the model.
+    pub(crate) fn describe(&self, identity: &str, special: &SpecialTokens) -> v1::GetModelResponse {
+        let ModelConfig { architecture, layers, hidden, heads, kv_heads, .. } = self.config;
+        let GenerationDefaults { temperature, top_k, top_p, min_p, repetition_penalty } =
+            self.generation;
+        v1::GetModelResponse {
+            model: Some(self.info(identity)),
+            architecture: architecture.to_string(),
+            quantization: self.quantization.clone(),
+            layer_count: wire(layers),
+            hidden_size: wire(hidden),
+            head_count: wire(heads),
+            kv_head_count: wire(kv_heads),
+            parameter_count: self.totals.parameters,
+            ternary_parameter_count: self.totals.ternary_parameters,
+            weight_bytes: self.totals.bytes,
+            kv_bytes_per_token: self.config.kv_bytes_per_position() as u64,
+            bos_token_id: special.bos,
+            adds_bos: special.add_bos,
+            eos_token_ids: self.eos.clone(),
+            has_chat_template: self.has_chat_template,
+            sampling_defaults: Some(v1::Sampling {
+                temperature: Some(temperature),
+                top_k: Some(top_k),
+                top_p: Some(top_p),
+                seed: None,
+                min_p: Some(min_p),
+                repetition_penalty: Some(repetition_penalty),
+                frequency_penalty: Some(0.0),
+                presence_penalty: Some(0.0),
+                logit_bias: BTreeMap::new(),
+            }),
         }
     }
 }

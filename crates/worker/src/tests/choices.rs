@@ -7,21 +7,6 @@ use tercet_proto::{
 
 use super::*;
 
-/// Returns all that a stream says, apart from timings.
-async fn events(node: &Node, request: v1::GenerateRequest) -> Vec<Event> {
-    let mut stream = begin(node, request).await.unwrap();
-    let mut events = Vec::new();
-    while let Some(event) = next(&mut stream).await.unwrap() {
-        events.push(match event {
-            Event::Finished(finished) => {
-                Event::Finished(v1::Finished { timings: None, ..finished })
-            }
-            event => event,
-        });
-    }
-    events
-}
-
 /// Returns every token that a stream tells, with its log-probabilities.
 fn tokens(events: &[Event]) -> Vec<(u32, v1::TokenLogprob)> {
     let deltas = events.iter().filter_map(|event| match event {

@@ -174,7 +174,7 @@ async fn a_deadline_stops_the_decoding() {
 async fn chats_need_a_template_and_unusable_ones_are_refused() {
     let (node, _registry) = whole(options()).await;
     let message = v1::ChatMessage { role: "user".to_owned(), content: "Speak!".to_owned() };
-    let chat = v1::Chat { messages: vec![message] };
+    let chat = v1::Chat { messages: vec![message], ..v1::Chat::default() };
     let asked = v1::GenerateRequest { input: Some(Input::Chat(chat)), ..request(5) };
     let answered = generate(&node, asked).await;
     if demo::model().unwrap().chat_template.is_some() {
@@ -207,7 +207,11 @@ async fn the_model_is_described() {
     assert_eq!(held.parts.len(), layers + 2);
     assert_eq!(usize::try_from(held.layer_count), Ok(layers));
 
-    let text = v1::TokenizeRequest { model: "demo".to_owned(), text: PROMPT.to_owned() };
+    let text = v1::TokenizeRequest {
+        model: "demo".to_owned(),
+        text: PROMPT.to_owned(),
+        ..v1::TokenizeRequest::default()
+    };
     let tokens = client.tokenize(text).await.unwrap().into_inner().tokens.unwrap();
     assert_eq!(tokens.ids, tokenizer().encode_prompt(PROMPT).unwrap());
     let scored = v1::ScoreRequest { model: String::new(), tokens: Some(tokens.clone()) };

@@ -276,7 +276,11 @@ fn output_is_whole_or_absent() {
 
 #[test]
 fn the_summary_counts_everything() {
-    let summary = open("bitnet-packed").summary();
+    let model = open("bitnet-packed");
+    assert_eq!(model.quantization(), "packed ternary");
+    // Keys and values of 2 heads of 64 in 3 layers, as f32.
+    assert_eq!(model.config.kv_bytes_per_position(), 3 * 2 * (2 * 64) * 4);
+    let summary = model.summary();
     // 512 x 256 embedding; per layer q, o: 256 x 256, k, v: 128 x 256, MLP: 3 x 512 x 256.
     let ternary = 3 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 512 * 256);
     assert_eq!(summary.totals.ternary_parameters, ternary);

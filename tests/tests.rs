@@ -3,6 +3,7 @@
 //! A module is a file beside this one. What several of them need is in the support library, `src/`.
 
 mod architecture;
+mod battery;
 mod chart;
 mod damaged;
 mod failover;
@@ -13,6 +14,7 @@ mod pipeline;
 mod pods;
 mod readme;
 mod soak;
+mod stall;
 mod synthetic;
 mod trace;
 mod wire;

@@ -15,7 +15,7 @@ use tercet_kernels::Isa;
 use tercet_telemetry::LogFormat;
 use tercet_worker::{ModelSource, ModelSpec};
 
-use self::values::{byte_size, duration, layers, served_model};
+use self::values::{byte_size, duration, layers, served_model, stretch};
 pub(crate) use self::{
     cluster::ClusterArgs,
     model::{ModelAction, ModelCommand, PullArgs, WorkerAddress},
@@ -252,6 +252,11 @@ pub(crate) struct EngineArgs {
     /// Most sequences waiting for their turn; more are refused
     #[arg(long, env = "TERCET_MAX_WAITING", value_name = "N", default_value = "256")]
     max_waiting: NonZeroUsize,
+    /// While prompts are read, how many times as long a step of the running sequences may take as
+    /// without them, above 1: less keeps their tokens coming, more reads prompts faster
+    #[arg(long, env = "TERCET_PREFILL_STRETCH", value_name = "X", value_parser = stretch)]
+    #[arg(default_value = "1.6")]
+    prefill_stretch: f64,
 }
 
 impl EngineArgs {
@@ -266,6 +271,7 @@ impl EngineArgs {
             max_sequences: self.max_sequences.get(),
             max_waiting: self.max_waiting.get(),
             prefill_chunk: self.compute.prefill_chunk.get(),
+            prefill_stretch: self.prefill_stretch,
             ..EngineOptions::default()
         }
     }
@@ -280,6 +286,7 @@ impl EngineArgs {
             threads = options.threads,
             max_sequences = options.max_sequences,
             prefill_chunk = options.prefill_chunk,
+            prefill_stretch = options.prefill_stretch,
             kv_bytes = options.kv_bytes,
             context = options.context,
             "settings of the engine"

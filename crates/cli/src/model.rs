@@ -11,7 +11,7 @@ use tercet_engine::{
     model_file::{
         Progress,
         convert::{ConvertOptions, Converted, to_gguf},
-        synth::{self, SynthOptions},
+        synth::{self, SizeOverrides, SynthOptions},
     },
 };
 use tercet_worker::{LoadError, Verified};
@@ -74,6 +74,16 @@ pub(crate) fn run(action: &ModelAction, log: &LogArgs) -> Result<()> {
         ModelAction::Synth(args) => {
             let options = SynthOptions {
                 shape: args.shape,
+                sizes: SizeOverrides {
+                    hidden: args.hidden,
+                    intermediate: args.mlp,
+                    layers: args.layers,
+                    heads: args.heads,
+                    kv_heads: args.kv_heads,
+                    head_dim: args.head_dim,
+                    vocab: args.vocab,
+                    context: args.context,
+                },
                 ternary: args.ternary,
                 head: args.head,
                 seed: args.seed,

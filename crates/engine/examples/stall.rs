@@ -24,7 +24,7 @@ use std::{
 use tercet_engine::{
     Engine, EngineOptions, ModelFile, Output, SamplingParams, SequenceEvent, SequenceHandle,
     SequenceRequest, SubmitError,
-    model_file::synth::{self, HeadType, Shape, SynthOptions, TernaryType},
+    model_file::synth::{self, HeadType, Shape, SizeOverrides, SynthOptions, TernaryType},
 };
 
 /// Tokens of each stream before its gaps count.
@@ -53,6 +53,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let path = Path::new(&path);
     if !path.exists() {
         let options = SynthOptions {
+            sizes: SizeOverrides::default(),
             shape: Shape::Small125M,
             ternary: TernaryType::I2S,
             head: HeadType::F16,

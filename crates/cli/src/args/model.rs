@@ -121,13 +121,38 @@ pub(crate) struct PullArgs {
 /// `tercet model synth`.
 #[derive(Args, Debug)]
 pub(crate) struct SynthArgs {
-    /// Shape: 125m, bitnet-2b-4t, llama3-8b, bonsai-4b, 70b, 100b or 405b
+    /// Shape: 125m, bitnet-2b-4t, llama3-8b, bonsai-4b, 70b, 100b or 405b. Any of its sizes can be
+    /// replaced
     #[arg(long, value_name = "NAME")]
     pub(crate) shape: Shape,
+    /// Width of the residual stream [default: the shape's]
+    #[arg(long, value_name = "N")]
+    pub(crate) hidden: Option<usize>,
+    /// Width of the MLP [default: the shape's]
+    #[arg(long, value_name = "N")]
+    pub(crate) mlp: Option<usize>,
+    /// Layers [default: the shape's]
+    #[arg(long, value_name = "N")]
+    pub(crate) layers: Option<usize>,
+    /// Query heads [default: the shape's]
+    #[arg(long, value_name = "N")]
+    pub(crate) heads: Option<usize>,
+    /// Key and value heads [default: the shape's]
+    #[arg(long, value_name = "N")]
+    pub(crate) kv_heads: Option<usize>,
+    /// Width of a head [default: the shape's]
+    #[arg(long, value_name = "N")]
+    pub(crate) head_dim: Option<usize>,
+    /// Tokens [default: the shape's]
+    #[arg(long, value_name = "N")]
+    pub(crate) vocab: Option<usize>,
+    /// Positions [default: the shape's]
+    #[arg(long, value_name = "N")]
+    pub(crate) context: Option<usize>,
     /// Storage of the ternary weights: i2_s, tq1_0, tq2_0 or q2_0
     #[arg(long = "type", value_name = "TYPE", default_value_t = TernaryType::I2S)]
     pub(crate) ternary: TernaryType,
-    /// Storage of embedding and head: f16, q8_0 or q6_k
+    /// Storage of embedding and head: f32, f16, bf16, q8_0, q6_k or q4_0
     #[arg(long, value_name = "TYPE", default_value_t = HeadType::F16)]
     pub(crate) head: HeadType,
     /// What the weights are drawn from

@@ -6,23 +6,30 @@ use tercet_engine::model_file::synth::Shape;
 use super::*;
 
 /// Arguments of one call rather than settings of an installation.
-const ONE_SHOT: [&str; 35] = [
+const ONE_SHOT: [&str; 43] = [
     "batch",
     "choice",
+    "context",
     "echo",
     "file",
     "force",
     "generate",
     "grace",
     "head",
+    "head_dim",
+    "heads",
+    "hidden",
     "ignore_eos",
     "json",
     "json_schema",
     "kv",
+    "kv_heads",
+    "layers",
     "logit_bias",
     "logprobs",
     "lora",
     "max_tokens",
+    "mlp",
     "name",
     "no_history",
     "out",
@@ -42,6 +49,7 @@ const ONE_SHOT: [&str; 35] = [
     "ternary",
     "verbose",
     "version",
+    "vocab",
 ];
 
 /// Calls `check` with every argument of every command.
@@ -108,7 +116,7 @@ fn the_fixed_spellings_parse() {
         "model inspect m --json",
         "model convert a b --force --type tq1_0 --lora l",
         "model pull o/n@v1 --out d --file *.gguf --endpoint http://127.0.0.1:1",
-        "model synth --shape bitnet-2b-4t --type i2_s --head q6_k --seed 1 --out f",
+        "model synth --shape bitnet-2b-4t --type i2_s --head q6_k --seed 1 --layers 3 --hidden 96 --mlp 160 --kv-heads 1 --out f",
         "--log debug serve",
         "serve --log-format json",
     ] {
@@ -130,6 +138,7 @@ fn wrong_usage_is_refused() {
         ("serve --isa mmx", ErrorKind::ValueValidation),
         ("serve --layers 0..3", ErrorKind::UnknownArgument),
         ("serve --max-streams 0", ErrorKind::ValueValidation),
+        ("serve --prefill-stretch 1", ErrorKind::ValueValidation),
         ("worker --layers 3..3 --etcd a:1", ErrorKind::ValueValidation),
         ("worker", ErrorKind::MissingRequiredArgument),
         ("gateway --etcd a:1 --cluster a/b", ErrorKind::ValueValidation),
@@ -147,5 +156,19 @@ fn wrong_usage_is_refused() {
         let arguments = std::iter::once("tercet").chain(line.split_whitespace());
         let error = Cli::try_parse_from(arguments).unwrap_err();
         assert_eq!(error.kind(), expected, "{line}: {error}");
+    }
+}
+
+#[test]
+fn the_stretch_of_steps_reaches_the_engine() {
+    let default = EngineOptions::default().prefill_stretch;
+    for (line, expected) in [("serve", default), ("worker --etcd a:1 --prefill-stretch 2.5", 2.5)] {
+        let words = std::iter::once("tercet").chain(line.split(' '));
+        let options = match Cli::try_parse_from(words).unwrap().command {
+            Command::Serve(args) => args.engine.options(None),
+            Command::Worker(args) => args.engine.options(None),
+            other => panic!("{other:?}"),
+        };
+        assert!((options.prefill_stretch - expected).abs() < 1e-9, "{line}");
     }
 }

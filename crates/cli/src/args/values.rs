@@ -95,6 +95,12 @@ pub(super) fn share(text: &str) -> Result<f32, String> {
     number.ok_or_else(|| "expected a number from 0 to 1".to_owned())
 }
 
+/// Reads how many times as long something may take.
+pub(super) fn stretch(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number: &f64| number.is_finite() && *number > 1.0);
+    number.ok_or_else(|| "expected a finite number above 1".to_owned())
+}
+
 /// Reads a repetition penalty.
 pub(super) fn factor(text: &str) -> Result<f32, String> {
     let number = text.parse().ok().filter(|number: &f32| number.is_finite() && *number > 0.0);
@@ -187,6 +193,8 @@ mod tests {
         assert!(fraction("0").is_err() && fraction("1.1").is_err() && fraction("NaN").is_err());
         assert_eq!((share("0"), share("1")), (Ok(0.0), Ok(1.0)));
         assert!(share("-0.1").is_err() && share("1.1").is_err() && share("NaN").is_err());
+        assert_eq!(stretch("1.6"), Ok(1.6));
+        assert!(stretch("1").is_err() && stretch("inf").is_err() && stretch("NaN").is_err());
         assert_eq!(factor("1.1"), Ok(1.1));
         assert!(factor("0").is_err() && factor("inf").is_err() && factor("NaN").is_err());
         assert_eq!(penalty("-2"), Ok(-2.0));

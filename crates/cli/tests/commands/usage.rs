@@ -115,7 +115,8 @@ fn layers_of_configuration_reach_the_command() {
 
 #[test]
 fn a_profile_is_logged_and_obeyed() {
-    let mut server = Running::start("serve --listen 127.0.0.1:0 --profile edge --context 100");
+    let line = "serve --listen 127.0.0.1:0 --profile edge --context 100 --prefill-stretch 3";
+    let mut server = Running::start(line);
     let address = server.lines().next().unwrap();
     let address = address.strip_prefix("listening on ").unwrap().to_owned();
     let long = "x ".repeat(200);
@@ -128,7 +129,8 @@ fn a_profile_is_logged_and_obeyed() {
     let mut log = String::new();
     server.0.stderr.take().unwrap().read_to_string(&mut log).unwrap();
     let line = log.lines().find(|line| line.contains("profile=edge")).expect(&log);
-    for part in ["threads=", "max_sequences=4", "prefill_chunk=32", "kv_bytes=", "context=100"] {
+    let parts = ["threads=", "max_sequences=4", "prefill_chunk=32", "kv_bytes=", "context=100"];
+    for part in parts.into_iter().chain(["prefill_stretch=3"]) {
         assert!(line.contains(part), "{line}");
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! The same shape and seed give the same weights in every type, and the same bytes on every
 //! machine: weights come from a counter-based generator keyed by seed and tensor name, scales are
-//! exact in f16, and head values are exact in F16, Q8_0 and Q6_K alike. Files are streamed: memory
+//! exact in f16, and head values are exact in every type but Q4_0. Files are streamed: memory
 //! use does not depend on the shape.
 
 mod encode;
@@ -12,7 +12,7 @@ mod vocabulary;
 
 use std::path::Path;
 
-pub use self::shape::{HeadType, Shape};
+pub use self::shape::{HeadType, Shape, SizeOverrides};
 pub use super::names::UnknownName;
 pub use super::ternary::encode::TernaryType;
 
@@ -34,6 +34,8 @@ const BATCH: usize = 1 << 20;
 pub struct SynthOptions {
     /// Its shape.
     pub shape: Shape,
+    /// Sizes other than those of the shape.
+    pub sizes: SizeOverrides,
     /// Storage of the ternary matrices.
     pub ternary: TernaryType,
     /// Storage of the embedding and the head.
@@ -57,8 +59,9 @@ pub fn write(
     out: &Path,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<u64, ModelError> {
-    let name = format!("{}-{}", options.shape, options.ternary);
-    write_sizes(&options.shape.sizes(), &name, options, out, progress)
+    let like = if options.sizes == SizeOverrides::default() { "" } else { "like-" };
+    let name = format!("{like}{}-{}", options.shape, options.ternary);
+    write_sizes(&options.shape.sizes_with(&options.sizes)?, &name, options, out, progress)
 }
 
 /// [`write`] for any sizes.
@@ -148,9 +151,18 @@ fn write_ternary(
     let scale = scale(stream, tensor.cols);
     let mut codes = vec![0; tensor.cols];
     let mut bytes = Vec::with_capacity(BATCH + tensor.cols);
+    // Blocks of I2_S run through the flattened tensor.
+    let mut pending = Vec::with_capacity(ternary::BLOCK + tensor.cols);
     for row in 0..tensor.rows.unwrap_or(1) {
         stream.codes(row, &mut codes);
-        ternary::encode::row(kind, &codes, |_| scale, &mut bytes);
+        if kind == TernaryType::I2S {
+            pending.extend(&codes);
+            let whole = pending.len() / ternary::BLOCK * ternary::BLOCK;
+            ternary::encode::row(kind, &pending[..whole], |_| scale, &mut bytes);
+            pending.drain(..whole);
+        } else {
+            ternary::encode::row(kind, &codes, |_| scale, &mut bytes);
+        }
         if bytes.len() >= BATCH {
             out.write(&bytes)?;
             bytes.clear();

@@ -1,6 +1,6 @@
 //! Rows of made-up weights in the storage of each type.
 
-use half::f16;
+use half::{bf16, f16};
 
 use super::random::{GROUP, Group, Stream};
 use super::shape::HeadType;
@@ -39,16 +39,13 @@ impl DenseEncoder {
     /// Appends one row; rows are whole blocks, which the file's layout has checked.
     pub(super) fn row(&self, groups: &[Group], out: &mut Vec<u8>) {
         match self.kind {
+            HeadType::F32 => out.extend(self.values(groups).flat_map(f32::to_le_bytes)),
+            // At most 7 significant bits times a power of two: exact in both halves.
             HeadType::F16 => {
-                let unit = self.unit.to_f32();
-                for group in groups {
-                    // At most 7 significant bits times a power of two: exact in f16.
-                    out.extend(
-                        products(group)
-                            .into_iter()
-                            .flat_map(|value| f16::from_f32(unit * f32::from(value)).to_le_bytes()),
-                    );
-                }
+                out.extend(self.values(groups).flat_map(|v| f16::from_f32(v).to_le_bytes()));
+            }
+            HeadType::Bf16 => {
+                out.extend(self.values(groups).flat_map(|v| bf16::from_f32(v).to_le_bytes()));
             }
             HeadType::Q8_0 => {
                 for pair in groups.chunks_exact(2) {
@@ -63,6 +60,34 @@ impl DenseEncoder {
                     self.q6_k(block, out);
                 }
             }
+            HeadType::Q4_0 => {
+                for pair in groups.chunks_exact(2) {
+                    self.q4_0(pair, out);
+                }
+            }
+        }
+    }
+
+    /// Returns the weights of a row.
+    fn values<'a>(&self, groups: &'a [Group]) -> impl Iterator<Item = f32> + use<'a> {
+        let unit = self.unit.to_f32();
+        groups.iter().flat_map(products).map(move |value| unit * f32::from(value))
+    }
+
+    /// Appends a Q4_0 block: scale, then nibbles that count from -8, those of the second half of
+    /// the block above those of the first.
+    fn q4_0(&self, pair: &[Group], out: &mut Vec<u8>) {
+        // The largest product, 124, becomes 7 of these.
+        const STEP: i8 = 16;
+        out.extend((self.unit * f16::from(STEP)).to_le_bytes());
+        let code = |product: i8| {
+            // To the nearest step, halves up.
+            let steps = (i16::from(product) + 8).div_euclid(16).clamp(-8, 7);
+            u8::try_from(steps + 8).expect("at least -8 + 8")
+        };
+        let mut products = pair.iter().map(products);
+        if let (Some(first), Some(second)) = (products.next(), products.next()) {
+            out.extend(first.into_iter().zip(second).map(|(a, b)| code(a) | code(b) << 4));
         }
     }
 
@@ -87,4 +112,33 @@ impl DenseEncoder {
 /// Returns value times scale: at most 31 * 4 = 124 in magnitude.
 fn products(group: &Group) -> [i8; GROUP] {
     group.values.map(|value| value * group.scale)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn four_bits_are_near() {
+        let mut groups = [Group::default(); 4];
+        Stream::new(7, "head").groups(3, &mut groups);
+        let encoder = DenseEncoder::new(HeadType::Q4_0, 64);
+        let mut bytes = Vec::new();
+        encoder.row(&groups, &mut bytes);
+        let mut found = Vec::new();
+        for block in bytes.chunks_exact(18) {
+            let step = f16::from_le_bytes([block[0], block[1]]).to_f32();
+            let value = |code: u8| step * (f32::from(code) - 8.0);
+            found.extend(block[2..].iter().map(|byte| value(byte & 15)));
+            found.extend(block[2..].iter().map(|byte| value(byte >> 4)));
+        }
+        let exact: Vec<f32> = encoder.values(&groups).collect();
+        assert_eq!(found.len(), exact.len());
+        // Half a step, or what is above seven of them.
+        let limit = 12.0 * encoder.unit.to_f32();
+        for (found, exact) in found.iter().zip(&exact) {
+            assert!((found - exact).abs() <= limit, "{found} for {exact}");
+        }
+        assert!(found.iter().any(|value| *value != 0.0));
+    }
 }

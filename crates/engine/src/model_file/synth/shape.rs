@@ -3,13 +3,50 @@
 use std::fmt;
 use std::str::FromStr;
 
+use super::random::GROUP;
 use super::{Fill, SynthTensor};
 use crate::model_file::config::{
-    Activation, ActivationScheme, Architecture, ModelConfig, RopeScaling,
+    Activation, ActivationScheme, Architecture, FieldNames, ModelConfig, RopeScaling,
 };
+use crate::model_file::error::ModelError;
 use crate::model_file::gguf::types;
 use crate::model_file::names::{UnknownName, parse};
 use crate::model_file::tensors::Part;
+
+/// Sizes that replace those of a shape.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct SizeOverrides {
+    /// Width of the residual stream.
+    pub hidden: Option<usize>,
+    /// Width of the MLP.
+    pub intermediate: Option<usize>,
+    /// Number of layers.
+    pub layers: Option<usize>,
+    /// Query heads.
+    pub heads: Option<usize>,
+    /// Key and value heads.
+    pub kv_heads: Option<usize>,
+    /// Width of one head.
+    pub head_dim: Option<usize>,
+    /// Tokens.
+    pub vocab: Option<usize>,
+    /// Positions.
+    pub context: Option<usize>,
+}
+
+/// What the command line calls the sizes.
+const NAMES: FieldNames = FieldNames {
+    hidden: "--hidden",
+    intermediate: "--mlp",
+    layers: "--layers",
+    heads: "--heads",
+    kv_heads: "--kv-heads",
+    head_dim: "--head-dim",
+    vocab: "--vocab",
+    context: "--context",
+    rope_theta: "rotary base",
+    rms_eps: "norm epsilon",
+};
 
 /// Shapes of known models.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -42,6 +79,33 @@ impl Shape {
         Self::B100,
         Self::B405,
     ];
+
+    /// Returns the sizes with some of them replaced.
+    pub(super) fn sizes_with(self, replaced: &SizeOverrides) -> Result<Sizes, ModelError> {
+        let mut sizes = self.sizes();
+        let SizeOverrides { hidden, intermediate, layers, heads, kv_heads, head_dim, .. } =
+            replaced;
+        let config = &mut sizes.config;
+        for (given, size) in [
+            (hidden, &mut config.hidden),
+            (intermediate, &mut config.intermediate),
+            (layers, &mut config.layers),
+            (heads, &mut config.heads),
+            (kv_heads, &mut config.kv_heads),
+            (head_dim, &mut config.head_dim),
+            (&replaced.vocab, &mut config.vocab),
+            (&replaced.context, &mut config.context),
+        ] {
+            *size = given.unwrap_or(*size);
+        }
+        config.check("the made-up model", &NAMES)?;
+        if !config.hidden.is_multiple_of(GROUP) {
+            let expected = format!("a multiple of {GROUP}, embeddings are made up in groups");
+            let label = "the made-up model";
+            return Err(ModelError::config(label, NAMES.hidden, config.hidden, expected));
+        }
+        Ok(sizes)
+    }
 
     /// Returns the sizes.
     pub(super) fn sizes(self) -> Sizes {
@@ -112,24 +176,34 @@ impl FromStr for Shape {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[non_exhaustive]
 pub enum HeadType {
+    /// 32 bits a weight.
+    F32,
     /// 16 bits a weight.
     F16,
+    /// 16 bits a weight, with the exponents of F32.
+    Bf16,
     /// 8.5 bits a weight.
     Q8_0,
     /// 6.6 bits a weight.
     Q6K,
+    /// 4.5 bits a weight: too few for the values of the others, which are rounded.
+    Q4_0,
 }
 
 impl HeadType {
     /// All types.
-    pub const ALL: [Self; 3] = [Self::F16, Self::Q8_0, Self::Q6K];
+    pub const ALL: [Self; 6] =
+        [Self::F32, Self::F16, Self::Bf16, Self::Q8_0, Self::Q6K, Self::Q4_0];
 
     /// Returns the type number of tensors.
     pub(super) fn number(self) -> u32 {
         match self {
+            Self::F32 => types::F32,
             Self::F16 => types::F16,
+            Self::Bf16 => types::BF16,
             Self::Q8_0 => types::Q8_0,
             Self::Q6K => types::Q6_K,
+            Self::Q4_0 => types::Q4_0,
         }
     }
 }
@@ -137,9 +211,12 @@ impl HeadType {
 impl fmt::Display for HeadType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::F32 => "f32",
             Self::F16 => "f16",
+            Self::Bf16 => "bf16",
             Self::Q8_0 => "q8_0",
             Self::Q6K => "q6_k",
+            Self::Q4_0 => "q4_0",
         })
     }
 }
@@ -210,7 +287,10 @@ mod tests {
             assert_eq!(shape.to_string().parse(), Ok(shape));
         }
         let error = "q4".parse::<HeadType>().unwrap_err().to_string();
-        assert_eq!(error, "unknown head type `q4`, expected one of f16, q8_0, q6_k");
+        assert_eq!(
+            error,
+            "unknown head type `q4`, expected one of f32, f16, bf16, q8_0, q6_k, q4_0"
+        );
         assert!("i2s".parse::<TernaryType>().is_err());
     }
 

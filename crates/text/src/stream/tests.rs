@@ -88,24 +88,105 @@ fn ids() -> impl Strategy<Value = Vec<u32>> {
     vec(prop_oneof![6 => likely, 3 => 256_u32..264, 1 => 0_u32..256], 0..24)
 }
 
+/// Checks a decoder against the whole text after every id.
+fn check(tokenizer: &Arc<Tokenizer>, ids: &[u32], stops: &[String]) -> Result<(), TestCaseError> {
+    let mut decoder = StreamDecoder::new(Arc::clone(tokenizer), stops.to_vec());
+    let mut released = String::new();
+    for (n, id) in ids.iter().enumerate() {
+        let piece = decoder.push(*id);
+        released.push_str(&piece.text);
+        let so_far = whole_characters(tokenizer, &ids[..=n]);
+        prop_assert_eq!(&released, shown(&so_far, stops), "after {} ids", n + 1);
+        prop_assert_eq!(piece.stopped, cut(&so_far, stops).1);
+    }
+    released.push_str(&decoder.finish());
+    let whole = whole(tokenizer, ids);
+    prop_assert_eq!(&released, cut(&whole, stops).0);
+    let complete = |stop: &String| !stop.is_empty() && released.contains(stop.as_str());
+    prop_assert!(!stops.iter().any(complete), "a stop string in {:?}", released);
+    Ok(())
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(4000))]
     #[test]
     fn text_is_a_function_of_the_ids_so_far(ids in ids(), stops in stop_strings()) {
-        let tokenizer = &*TOKENIZER;
-        let mut decoder = StreamDecoder::new(Arc::clone(tokenizer), stops.clone());
-        let mut released = String::new();
-        for (n, id) in ids.iter().enumerate() {
-            let piece = decoder.push(*id);
-            released.push_str(&piece.text);
-            let so_far = whole_characters(tokenizer, &ids[..=n]);
-            prop_assert_eq!(&released, shown(&so_far, &stops), "after {} ids", n + 1);
-            prop_assert_eq!(piece.stopped, cut(&so_far, &stops).1);
-        }
-        released.push_str(&decoder.finish());
-        let whole = whole(tokenizer, &ids);
-        prop_assert_eq!(released, cut(&whole, &stops).0);
+        check(&TOKENIZER, &ids, &stops)?;
     }
+
+    #[test]
+    fn text_of_byte_fallback_is_a_function_of_the_ids_so_far(
+        ids in fallback_ids(),
+        stops in stop_strings(),
+    ) {
+        check(&FALLBACK, &ids, &stops)?;
+    }
+
+    /// However a text is split into tokens, it comes back, as one text and piece by piece.
+    #[test]
+    fn every_split_of_a_text_gives_the_text(
+        text in vec(select("ab\u{e9}\u{1f3ad}\u{20ac} \u{2581}".chars().collect::<Vec<_>>()), 0..16),
+        cuts in vec(any::<bool>(), 64),
+    ) {
+        let text = String::from_iter(text);
+        let ids = split(&text, &cuts);
+        let mut decoder = StreamDecoder::new(Arc::clone(&FALLBACK), Vec::new());
+        let mut pieces: Vec<String> = ids.iter().map(|id| decoder.push(*id).text).collect();
+        pieces.push(decoder.finish());
+        // The vocabulary's sign for a space is a space.
+        let expected = text.replace('\u{2581}', " ");
+        prop_assert_eq!(pieces.concat(), &*expected);
+        let broken = pieces.iter().any(|piece| piece.contains('\u{fffd}'));
+        prop_assert!(!broken, "half a character in {:?}", pieces);
+        // As a text of its own it loses the space that its encoding would put before it.
+        let own = expected.strip_prefix(' ').unwrap_or(&expected);
+        prop_assert_eq!(FALLBACK.decode(&ids, false).unwrap(), own);
+    }
+}
+
+/// SentencePiece's way: one token for each byte, and a few pieces of text.
+static FALLBACK: LazyLock<Arc<Tokenizer>> = LazyLock::new(|| {
+    let mut tokens: Vec<String> = (0..=255).map(|byte: u8| format!("<0x{byte:02X}>")).collect();
+    tokens.extend(PIECES.map(str::to_owned));
+    let mut token_types = vec![TokenType::Byte; 256];
+    token_types.extend(PIECES.map(|_| TokenType::Normal));
+    token_types[256] = TokenType::Control;
+    let vocabulary =
+        Vocabulary { model: "llama".to_owned(), tokens, token_types, ..Vocabulary::default() };
+    let source = TokenizerSource::Vocabulary(vocabulary);
+    Arc::new(Tokenizer::new(&source, SpecialTokens::default()).unwrap())
+});
+
+/// The tokens after those of bytes; the first is a special one.
+const PIECES: [&str; 9] = ["</s>", "\u{2581}", "\u{2581}a", "ab", "a", "b", "é", "🎭", "€b"];
+
+/// Cuts a text into pieces of the vocabulary, or into bytes where it is told to.
+fn split(text: &str, bytes: &[bool]) -> Vec<u32> {
+    let mut ids = Vec::new();
+    let mut rest = text;
+    for bytes in bytes.iter().cycle() {
+        let spelt = rest.replacen(' ', "\u{2581}", 2);
+        let Some(first) = rest.chars().next() else { break };
+        let piece = (1..PIECES.len()).find(|at| spelt.starts_with(PIECES[*at])).filter(|_| !bytes);
+        let taken = match piece {
+            Some(at) => {
+                ids.push(256 + u32::try_from(at).unwrap());
+                PIECES[at].chars().count()
+            }
+            None => {
+                let sign = if first == '\u{2581}' { ' ' } else { first };
+                ids.extend(sign.to_string().bytes().map(u32::from));
+                1
+            }
+        };
+        rest = rest.char_indices().nth(taken).map_or("", |(at, _)| &rest[at..]);
+    }
+    ids
+}
+
+fn fallback_ids() -> impl Strategy<Value = Vec<u32>> {
+    let likely = select(b"abc\xc3\xa9\xf0\x9f\x8e\xad\xe2\x82\xac".map(u32::from).to_vec());
+    vec(prop_oneof![4 => likely, 4 => 256_u32..266, 1 => 0_u32..256], 0..24)
 }
 
 fn decode(pieces: &[&[u8]], stops: &[&str]) -> Vec<Piece> {

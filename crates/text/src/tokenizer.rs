@@ -3,6 +3,7 @@
 mod byte_level;
 mod error;
 mod json;
+mod limits;
 mod pre;
 mod spm;
 mod vocabulary;

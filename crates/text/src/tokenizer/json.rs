@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Entry, Inner, Parts, Start, Tokenizer, TokenizerError, byte_level, spm};
+use super::{Entry, Inner, Parts, Start, Tokenizer, TokenizerError, byte_level, limits, spm};
 
 /// The settings that decide whether this crate understands the file.
 ///
@@ -15,6 +15,14 @@ use super::{Entry, Inner, Parts, Start, Tokenizer, TokenizerError, byte_level, s
 struct File {
     model: Model,
     decoder: Option<Value>,
+    #[serde(default)]
+    added_tokens: Value,
+    #[serde(default)]
+    normalizer: Value,
+    #[serde(default)]
+    pre_tokenizer: Value,
+    #[serde(default)]
+    post_processor: Value,
 }
 
 #[derive(Deserialize)]
@@ -30,6 +38,13 @@ struct Model {
 
 /// Builds the tokenizer and its table of tokens.
 pub(super) fn build(text: &str) -> Result<Parts, TokenizerError> {
+    if text.len() > limits::MAX_BYTES {
+        return Err(TokenizerError::UnsupportedSetting {
+            setting: "tokenizer.json",
+            found: format!("{} bytes long", text.len()),
+            expected: "at most 64 MiB",
+        });
+    }
     let Decoder { byte_level, start } = check(serde_json::from_str(text).map_err(malformed)?)?;
     let mut inner: tokenizers::Tokenizer = text.parse().map_err(malformed)?;
     // Both are settings of a training run that the file carries along; transformers drops them.
@@ -115,6 +130,12 @@ impl Decoder {
 
 /// Refuses what would give other ids or another text than the model was trained with.
 fn check(file: File) -> Result<Decoder, TokenizerError> {
+    limits::check(&limits::Pipeline {
+        added_tokens: &file.added_tokens,
+        normalizer: &file.normalizer,
+        pre_tokenizer: &file.pre_tokenizer,
+        post_processor: &file.post_processor,
+    })?;
     let unsupported = |setting, found: String, expected| {
         let found = found.chars().take(MAX_QUOTED).collect();
         Err(TokenizerError::UnsupportedSetting { setting, found, expected })

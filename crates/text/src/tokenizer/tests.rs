@@ -290,3 +290,72 @@ fn malformed_json_is_refused() {
         assert!(error.starts_with(expected), "{error} of {text}");
     }
 }
+
+/// Files that are short and ask for work without an end.
+#[test]
+fn tokenizer_bombs_are_refused() {
+    let regex = |expression: &str| {
+        let split = serde_json::json!({"type": "Split", "pattern": {"Regex": expression},
+            "behavior": "Isolated", "invert": false});
+        ("pre_tokenizer", split)
+    };
+    let replace = |content: String| serde_json::json!({"type": "Replace", "pattern": {"String": "a"}, "content": content});
+    let growing: Vec<Value> = (0..7).map(|_| replace("aa".to_owned())).collect();
+    let mut deep = serde_json::json!({"type": "Sequence", "normalizers": []});
+    for _ in 0..20 {
+        deep = serde_json::json!({"type": "Sequence", "normalizers": [deep, {"type": "NFC"},
+            {"type": "NFC"}, {"type": "NFC"}]});
+    }
+    let token = |id: usize, content: String| {
+        serde_json::json!({"id": id, "content": content, "special": true, "single_word": false,
+            "lstrip": false, "rstrip": false, "normalized": false})
+    };
+    let piece = serde_json::json!({"SpecialToken": {"id": "a", "type_id": 0}});
+    let around = serde_json::json!({"type": "TemplateProcessing", "single": vec![piece; 64],
+        "pair": [], "special_tokens": {"a": {"id": "a", "ids": vec![0; 64], "tokens": vec!["a"; 64]}}});
+    let bombs = [
+        (regex("(a+)+(?!b)"), "pattern.Regex` is `(a+)+(?!b)`"),
+        (regex("(?:a|a*)*(?=b)"), "pattern.Regex` is `(?:a|a*)*(?=b)`"),
+        (regex("a*a*a*a*(?!b)"), "at most three repetitions without an end"),
+        (regex(r"(a*){9}\1"), "at most three repetitions without an end"),
+        (regex("(?:(?:a{50}){50}){50}"), "is repetitions of 125000 in sum, which"),
+        (regex(r"\p{L}{300}"), "is repetitions of 300 in sum, which"),
+        (regex(&"a|".repeat(3000)), "is 6000 bytes long, which"),
+        (regex(&"(".repeat(2000)), "an expression that can be parsed"),
+        (("normalizer", replace("x".repeat(1000))), "makes it 1000 times longer"),
+        (
+            ("normalizer", serde_json::json!({"type": "Sequence", "normalizers": growing})),
+            "makes it 128 times longer",
+        ),
+        (("normalizer", deep), "is 81 steps, which is not supported: expected at most 64"),
+        (("added_tokens", Value::from(vec![token(3, "x".repeat(2 << 20))])), "2097152 bytes"),
+        (("post_processor", around), "is 4096 tokens, which is not supported"),
+    ];
+    let build = |file: &Value| {
+        Tokenizer::new(&TokenizerSource::Json(file.to_string()), SpecialTokens::default())
+    };
+    let plain: Value = serde_json::from_str(&format!(
+        r#"{{"version":"1.0","added_tokens":[],"normalizer":null,"pre_tokenizer":null,
+            "post_processor":null,"decoder":{BYTE_LEVEL},
+            "model":{{"type":"BPE","vocab":{{"a":0,"b":1,"ab":2}},"merges":["a b"]}}}}"#
+    ))
+    .unwrap();
+    let with = |(key, value): (&str, Value)| {
+        let mut file = plain.clone();
+        file[key] = value;
+        build(&file)
+    };
+    for (bomb, expected) in bombs {
+        let error = with(bomb).unwrap_err().to_string();
+        assert!(error.contains(expected) && error.len() < 700, "{expected}: {error}");
+    }
+    // What published files say is far from that.
+    for expression in [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        r"(?:a+b?)+",
+        r"(?<=a)b{1,9}",
+    ] {
+        assert!(with(regex(expression)).is_ok(), "{expression}");
+    }
+}

@@ -520,10 +520,16 @@ def field(number: int, value) -> bytes:
     return varint(number << 3 | 2) + varint(len(value)) + value
 
 
-GENERATE, SCORE, TOKENIZE = range(3)
+GENERATE, SCORE, TOKENIZE, DETOKENIZE, GET_MODEL = range(5)
 IDS = field(1, b"\x05\x07\xac\x02")
 USER = field(1, field(1, "user") + field(2, "Hello"))
 SAMPLING = field(5, field(1, 0.7) + field(2, 40) + field(3, 0.9) + field(4, 7))
+PENALTIES = field(
+    5, field(5, 0.05) + field(6, 1.1) + field(7, 0.5) + field(8, -0.5) + field(9, field(1, 7) + field(2, 2.5))
+)
+VARIABLES = field(2, field(1, "enable_thinking") + field(2, "false")) + field(
+    2, field(1, "tools") + field(2, '[{"name": "a"}]')
+)
 STOP = field(6, field(1, 16) + field(2, "\n\n") + field(2, "</s>") + field(3, 1))
 REQUESTS = {
     "prompt": (GENERATE, field(1, "m") + field(2, "Once upon a time") + SAMPLING + STOP),
@@ -532,6 +538,16 @@ REQUESTS = {
     "wrong": (GENERATE, field(4, field(1, b"") * 3) + field(5, field(1, -1.0) + field(3, 2.0)) + field(6, field(1, 0))),
     "score": (SCORE, field(2, IDS)),
     "tokenize": (TOKENIZE, field(1, "m") + field(2, "text")),
+    "tokenize-chat": (TOKENIZE, field(3, USER + VARIABLES) + field(4, 1)),
+    "chat-variables": (GENERATE, field(4, USER + VARIABLES) + SAMPLING),
+    "everything": (
+        GENERATE,
+        field(2, "Once") + PENALTIES + field(6, field(4, b"\x02\x03")) + field(8, field(1, 20)) + field(9, 1) + field(10, "tenant"),
+    ),
+    "schema": (GENERATE, field(2, "Once") + field(11, field(1, '{"type": "object"}'))),
+    "choice": (GENERATE, field(2, "Once") + field(11, field(4, field(1, "yes") + field(1, "no")))),
+    "detokenize": (DETOKENIZE, field(1, "m") + field(2, IDS) + field(3, 1)),
+    "get-model": (GET_MODEL, field(1, "m")),
     # A violation for each of thousands of messages.
     "many-wrong": (GENERATE, field(4, field(1, b"") * 4096)),
 }

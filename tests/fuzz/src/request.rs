@@ -3,7 +3,11 @@
 use std::fmt::Debug;
 
 use prost::Message;
-use tercet_proto::{GenerateSpec, InvalidRequest, ScoreSpec, TokenizeSpec, v1};
+use tercet_proto::{
+    DetokenizeSpec, GenerateSpec, GetModelSpec, Input, InvalidRequest, ScoreSpec, TokenizeInput,
+    TokenizeSpec, v1,
+};
+use tercet_text::TemplateVariables;
 use tonic::Status;
 
 use crate::message::{check, good};
@@ -18,15 +22,31 @@ const MOST_DETAILS: usize = 4096;
 /// Over a defect.
 pub fn request(data: &[u8]) -> bool {
     let Some((kind, wire)) = data.split_first() else { return false };
-    match kind % 3 {
-        0 => read::<v1::GenerateRequest, GenerateSpec>(wire),
-        1 => read::<v1::ScoreRequest, ScoreSpec>(wire),
-        _ => read::<v1::TokenizeRequest, TokenizeSpec>(wire),
+    match kind % 5 {
+        0 => read::<v1::GenerateRequest, GenerateSpec>(wire, |spec| match &spec.input {
+            Input::Chat(chat) => use_variables(chat),
+            Input::Prompt(_) | Input::Tokens(_) => {}
+        }),
+        1 => read::<v1::ScoreRequest, ScoreSpec>(wire, |_| {}),
+        2 => read::<v1::TokenizeRequest, TokenizeSpec>(wire, |spec| match &spec.input {
+            TokenizeInput::Chat(chat) => use_variables(chat),
+            TokenizeInput::Text(_) => {}
+        }),
+        3 => read::<v1::DetokenizeRequest, DetokenizeSpec>(wire, |_| {}),
+        _ => read::<v1::GetModelRequest, GetModelSpec>(wire, |_| {}),
     }
 }
 
-/// Decodes and validates a message, and goes the way back.
-fn read<M, S>(wire: &[u8]) -> bool
+/// Reads the variables that a chat brings for its template.
+fn use_variables(chat: &v1::Chat) {
+    let mut variables = TemplateVariables::default();
+    for (name, json) in &chat.template_variables {
+        good(variables.set(name, json));
+    }
+}
+
+/// Decodes and validates a message, uses it, and goes the way back.
+fn read<M, S>(wire: &[u8], used: impl FnOnce(&S)) -> bool
 where
     M: Message + Default + From<S>,
     S: TryFrom<M> + Clone + Debug + PartialEq,
@@ -40,6 +60,7 @@ where
             return false;
         }
     };
+    used(&spec);
     let wire = M::from(spec.clone()).encode_to_vec();
     let message = M::decode(&*wire).expect("what was encoded can be decoded");
     match S::try_from(message) {

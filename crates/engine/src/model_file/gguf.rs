@@ -207,6 +207,13 @@ impl Gguf {
             kind => types::size(kind, tensor.cols(), total),
         };
         let size = size.ok_or_else(|| {
+            if tensor.kind == types::I2_S {
+                let problem = format!(
+                    "of type I2_S has {total} elements: expected a multiple of 128, for the format \
+                     packs whole groups of 128 and leaves the rest out of the file"
+                );
+                return ModelError::tensor(label, name, problem);
+            }
             let problem = format!(
                 "of type {} cannot have dimensions {:?}: expected one of the types F32, F16, \
                  BF16, Q4_0, Q8_0 (rows of 32), Q6_K, TQ1_0, TQ2_0 (rows of 256), Q2_0 (rows of \

@@ -1,34 +1,27 @@
 //! The synthetic worker keeps the promises of a real one: tests of the cluster stand on that.
 
-use std::process::Command;
-
 use anyhow::{Result, ensure};
 use futures::future::try_join_all;
 use tercet_proto::{
     Reason,
     v1::{FinishReason, Resume, generate_request::Input},
 };
-use tercet_tests::{Client, Process, collect, helper, sampled, serving, synthetic::Options};
-
-fn start(options: &Options) -> Result<(Process, String)> {
-    let mut command = Command::new(helper("synthetic-worker"));
-    let mut process = Process::start("synthetic-worker", command.args(options.args()))?;
-    let address = process.line("line `listening on`", |line| {
-        line.strip_prefix("listening on ").map(str::to_owned)
-    })?;
-    Ok((process, address))
-}
+use tercet_tests::{
+    Client, collect, sampled, serving,
+    synthetic::{Options, SyntheticWorker},
+};
 
 #[tokio::test]
 async fn a_stream_goes_on_at_any_index_on_another_worker() -> Result<()> {
     const TOKENS: u32 = 12;
     let fast = Options { rate: 2000.0, ..Options::new("fast".parse()?) };
-    let (_one, first) = start(&fast)?;
-    let (_other, second) = start(&Options { id: "other".parse()?, ..fast })?;
-    for address in [&first, &second] {
-        serving(address).await?;
+    let one = SyntheticWorker::start(&fast)?;
+    let other = SyntheticWorker::start(&Options { id: "other".parse()?, ..fast })?;
+    for worker in [&one, &other] {
+        serving(worker.address()).await?;
     }
-    let (first, second) = (Client::connect(&first).await?, Client::connect(&second).await?);
+    let first = Client::connect(one.address()).await?;
+    let second = Client::connect(other.address()).await?;
     let request = sampled(Input::Prompt("To be".to_owned()), 7, TOKENS);
     let whole = first.generate(request.clone()).await?;
     ensure!(whole.ids.len() == usize::try_from(TOKENS)?);
@@ -73,9 +66,9 @@ async fn what_finds_no_room_is_refused_and_what_is_left_in_a_drain_moves() -> Re
         drain_millis: 100,
         ..Options::new("narrow".parse()?)
     };
-    let (mut process, address) = start(&options)?;
-    serving(&address).await?;
-    let client = Client::connect(&address).await?;
+    let mut worker = SyntheticWorker::start(&options)?;
+    serving(worker.address()).await?;
+    let client = Client::connect(worker.address()).await?;
     let request = |seed| sampled(Input::Prompt("To be".to_owned()), seed, 10_000);
     let mut streams = try_join_all((0..3).map(|seed| client.open(request(seed)))).await?;
     let refused = client.open(request(3)).await.expect_err("two run and one waits");
@@ -83,7 +76,7 @@ async fn what_finds_no_room_is_refused_and_what_is_left_in_a_drain_moves() -> Re
     ensure!(Reason::of(&refused) == Some(Reason::Overloaded), "{refused}");
     ensure!(tercet_proto::retry_after(&refused).is_some());
 
-    process.signal("TERM")?;
+    worker.process().signal("TERM")?;
     for stream in &mut streams {
         let status = loop {
             match stream.message().await {
@@ -93,6 +86,6 @@ async fn what_finds_no_room_is_refused_and_what_is_left_in_a_drain_moves() -> Re
         };
         ensure!(Reason::of(&status) == Some(Reason::Draining), "{status}");
     }
-    ensure!(process.wait()?.success());
+    ensure!(worker.process().wait()?.success());
     Ok(())
 }

@@ -4,6 +4,7 @@
 
 mod architecture;
 mod battery;
+mod chaos;
 mod chart;
 mod damaged;
 mod failover;

@@ -1,6 +1,6 @@
 //! A real etcd.
 
-use std::process::Command;
+use std::{net::Ipv4Addr, process::Command};
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
@@ -23,17 +23,27 @@ impl Etcd {
     ///
     /// Returns an error if it ends before, with what it said.
     pub fn start() -> Result<Option<Self>> {
+        Self::start_at(Ipv4Addr::LOCALHOST)
+    }
+
+    /// Starts one at an address, as [`Etcd::start`] does.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error as [`Etcd::start`] does.
+    pub fn start_at(address: Ipv4Addr) -> Result<Option<Self>> {
         let Some(program) = tool("etcd") else {
             return Ok(None);
         };
-        const ANY: &str = "http://127.0.0.1:0";
+        let any = format!("http://{address}:0");
+        let any = any.as_str();
         let directory = Scratch::new("etcd")?;
         let mut command = Command::new(program);
         command.arg("--data-dir").arg(directory.path()).args(["--logger", "zap"]);
         command.args(["--log-outputs", "stdout", "--unsafe-no-fsync"]);
-        command.args(["--listen-client-urls", ANY, "--advertise-client-urls", ANY]);
-        command.args(["--listen-peer-urls", ANY, "--initial-advertise-peer-urls", ANY]);
-        command.arg("--initial-cluster").arg(format!("default={ANY}"));
+        command.args(["--listen-client-urls", any, "--advertise-client-urls", any]);
+        command.args(["--listen-peer-urls", any, "--initial-advertise-peer-urls", any]);
+        command.arg("--initial-cluster").arg(format!("default={any}"));
         let mut process = Process::start("etcd", &mut command)?;
         let address = process.line("client address", |line| {
             let entry: Value = serde_json::from_str(line).ok()?;

@@ -10,6 +10,7 @@
 //!   ways to ask.
 //! - [`synthetic`] is a worker without a model, [`Network`] and [`Host`] are machines of their own,
 //!   [`relay`] is a bad network.
+//! - [`Dice`] makes choices that can be made again; [`Sample`] and [`measured`] are for figures.
 //! - [`run`] runs a command to its end; [`Scratch`] is a directory for one test.
 //!
 //! The tests themselves are `tests.rs` and the modules it names.
@@ -19,6 +20,7 @@ mod client;
 mod dice;
 mod etcd;
 mod http;
+mod measure;
 mod network;
 mod process;
 pub mod relay;
@@ -31,9 +33,10 @@ mod variety;
 pub use self::{
     answer::{Answer, End, Likelihood, Reference},
     client::{Client, Completion, collect, collect_from, greedy, sampled},
-    dice::Dice,
+    dice::{Dice, number_of, seed_of},
     etcd::Etcd,
     http::{http_get, metric},
+    measure::{Sample, resident_bytes},
     network::{Host, Network},
     process::{PATIENCE, Process, helper, run},
     scratch::Scratch,

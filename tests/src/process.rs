@@ -145,11 +145,6 @@ impl Process {
         }
     }
 
-    /// Returns the lines of standard output that came since the last call, or [`Process::line`].
-    pub fn new_lines(&mut self) -> Vec<String> {
-        self.lines.try_iter().collect()
-    }
-
     /// Writes a line to its standard input.
     ///
     /// # Errors

@@ -17,10 +17,12 @@ mod generation;
 mod inference;
 mod load;
 mod options;
+mod process;
 mod run;
 
 pub use self::{
     formula::Formula,
     options::{Omission, Options},
+    process::SyntheticWorker,
     run::run,
 };

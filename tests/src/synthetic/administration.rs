@@ -17,10 +17,10 @@ pub(super) const LAYERS: u32 = 1;
 
 /// Tells what a synthetic worker is.
 #[derive(Clone, Debug)]
-pub(super) struct SyntheticWorker(pub(super) Arc<Shared>);
+pub(super) struct Administration(pub(super) Arc<Shared>);
 
 #[tonic::async_trait]
-impl Worker for SyntheticWorker {
+impl Worker for Administration {
     type LoadModelStream = BoxStream<'static, Result<v1::LoadModelResponse, Status>>;
     type WatchLoadStream = BoxStream<'static, Result<v1::LoadReport, Status>>;
 

@@ -28,7 +28,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 
 use super::{
     Omission, Options,
-    administration::{LAYERS, SyntheticWorker},
+    administration::{Administration, LAYERS},
     inference::{Shared, SyntheticInference},
     load::Load,
 };
@@ -66,7 +66,7 @@ pub async fn run(options: Options) -> Result<()> {
     let server = Server::builder()
         .add_service(health_service)
         .add_service(InferenceServer::new(SyntheticInference(Arc::clone(&shared))))
-        .add_service(WorkerServer::new(SyntheticWorker(Arc::clone(&shared))))
+        .add_service(WorkerServer::new(Administration(Arc::clone(&shared))))
         .serve_with_incoming_shutdown(
             TcpIncoming::from(listener).with_nodelay(Some(true)),
             closing.clone().cancelled_owned(),

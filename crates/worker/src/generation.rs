@@ -243,6 +243,7 @@ impl Watched {
         );
         self.span.record("gen_ai.usage.input_tokens", usage.prompt_tokens);
         self.span.record("gen_ai.usage.output_tokens", usage.completion_tokens);
+        self.span.record("gen_ai.usage.cache_read.input_tokens", usage.cached_tokens);
         span::record_ok(&self.span);
         if let Some(recorder) = self.recorder.take() {
             recorder.succeed();

@@ -389,6 +389,14 @@ fn draw_seed() -> u64 {
     RandomState::new().build_hasher().finish()
 }
 
+/// Returns how the GenAI conventions call what a grammar makes.
+fn output_type(grammar: &GrammarSpec) -> &'static str {
+    match grammar {
+        GrammarSpec::JsonSchema(_) | GrammarSpec::JsonObject => "json",
+        GrammarSpec::Regex(_) | GrammarSpec::Choice(_) => "text",
+    }
+}
+
 fn record_request(span: &Span, operation: Operation, model: &str, spec: &GenerateSpec) {
     span.record("gen_ai.operation.name", operation.as_str());
     span.record("gen_ai.provider.name", "tercet");
@@ -400,6 +408,16 @@ fn record_request(span: &Span, operation: Operation, model: &str, spec: &Generat
     span.record("gen_ai.request.top_p", spec.sampling.top_p);
     span.record("gen_ai.request.frequency_penalty", spec.sampling.frequency_penalty);
     span.record("gen_ai.request.presence_penalty", spec.sampling.presence_penalty);
+    span.record("tercet.request.min_p", spec.sampling.min_p);
+    span.record("tercet.request.repetition_penalty", spec.sampling.repetition_penalty);
+    span.record("tercet.request.top_logprobs", spec.logprobs);
+    if !spec.sampling.logit_bias.is_empty() {
+        span.record("tercet.request.logit_biases", spec.sampling.logit_bias.len());
+    }
+    if let Some(grammar) = &spec.grammar {
+        span.record("tercet.request.grammar", grammar.field());
+        span.record("gen_ai.output.type", output_type(grammar));
+    }
     if let Some(resume) = &spec.resume {
         span.record("tercet.resumed_tokens", resume.token_ids.len());
     }

@@ -26,9 +26,17 @@ pub(crate) fn server(method: &'static str, metadata: &MetadataMap) -> Span {
         gen_ai.request.frequency_penalty = Empty,
         gen_ai.request.presence_penalty = Empty,
         gen_ai.request.seed = Empty,
+        gen_ai.output.type = Empty,
         gen_ai.response.finish_reasons = Empty,
         gen_ai.usage.input_tokens = Empty,
         gen_ai.usage.output_tokens = Empty,
+        gen_ai.usage.cache_read.input_tokens = Empty,
+        // What the conventions have no names for.
+        tercet.request.min_p = Empty,
+        tercet.request.repetition_penalty = Empty,
+        tercet.request.logit_biases = Empty,
+        tercet.request.top_logprobs = Empty,
+        tercet.request.grammar = Empty,
         tercet.resumed_tokens = Empty,
     );
     tercet_telemetry::extract(metadata, &span);

@@ -73,6 +73,15 @@ async fn a_request_is_one_trace_across_stages() {
     let mut request = Request::new(v1::GenerateRequest {
         input: Some(Input::Prompt("KING HENRY.\n".to_owned())),
         stop: Some(v1::Stop { max_tokens: Some(5), ..v1::Stop::default() }),
+        sampling: Some(v1::Sampling {
+            min_p: Some(0.25),
+            repetition_penalty: Some(1.5),
+            presence_penalty: Some(0.5),
+            logit_bias: [(3, 1.0), (4, -1.0)].into(),
+            ..v1::Sampling::default()
+        }),
+        logprobs: Some(v1::Logprobs { top: 2 }),
+        grammar: Some(v1::Grammar { form: Some(v1::grammar::Form::JsonObject(v1::JsonObject {})) }),
         ..v1::GenerateRequest::default()
     });
     request.metadata_mut().insert("traceparent", CLIENT.parse().unwrap());
@@ -116,6 +125,18 @@ async fn a_request_is_one_trace_across_stages() {
     assert_eq!(spans.len(), 5, "no span per token: {spans:#?}");
     assert_eq!(attribute(server, "gen_ai.request.model"), "demo");
     assert_eq!(attribute(server, "gen_ai.usage.output_tokens"), completion_tokens.to_string());
+    for (name, expected) in [
+        ("gen_ai.request.presence_penalty", "0.5"),
+        ("gen_ai.output.type", "json"),
+        ("gen_ai.usage.cache_read.input_tokens", "0"),
+        ("tercet.request.min_p", "0.25"),
+        ("tercet.request.repetition_penalty", "1.5"),
+        ("tercet.request.logit_biases", "2"),
+        ("tercet.request.top_logprobs", "2"),
+        ("tercet.request.grammar", "grammar.json_object"),
+    ] {
+        assert_eq!(attribute(server, name), expected, "{name}");
+    }
     assert_eq!(attribute(server, "rpc.response.status_code"), "OK");
     assert!(["stop", "length"].contains(&&*attribute(server, "gen_ai.response.finish_reasons")));
     assert_eq!(attribute(named(&spans, "stage 1..3"), "tercet.layers"), "1..3");

@@ -14,6 +14,16 @@ pub struct Config {
     pub ejection: Duration,
     /// Longest that a worker is left alone.
     pub max_ejection: Duration,
+    /// How long a worker may say nothing before new requests avoid it and its streams go on
+    /// elsewhere if they can. Reports of its load are asked for four times as often.
+    pub suspect_after: Duration,
+    /// How long a stream may bring nothing while its worker computes no step of the model, before
+    /// it goes on elsewhere.
+    pub progress_timeout: Duration,
+    /// How many times slower than its peers a worker must be for new requests to avoid it.
+    pub slow_factor: f64,
+    /// Longest wait of a request that must run alone for a worker without others.
+    pub alone_wait: Duration,
     /// When a drain begins: how long connections are still accepted, and requests refused, so that
     /// load balancers notice first.
     pub drain_delay: Duration,
@@ -33,6 +43,10 @@ impl Default for Config {
             worker_wait: Duration::from_secs(10),
             ejection: Duration::from_millis(250),
             max_ejection: Duration::from_secs(5),
+            suspect_after: Duration::from_secs(1),
+            progress_timeout: Duration::from_secs(10),
+            slow_factor: 4.0,
+            alone_wait: Duration::from_secs(60),
             drain_delay: Duration::ZERO,
             drain_timeout: Duration::from_secs(30),
             keepalive_interval: Duration::from_secs(30),

@@ -4,18 +4,25 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tercet_cluster::{View, WorkerId, WorkerRecord};
+use tercet_cluster::{View, WorkerId, WorkerRecord, WorkerState};
 use tercet_proto::v1;
-use tercet_telemetry::Metrics;
+use tercet_telemetry::{EjectionCause, Metrics};
 use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::time::{self, Instant, MissedTickBehavior};
 
 use crate::{Candidate, Config, Dialer, Policy};
 
+mod health;
 mod lease;
 mod link;
+mod pace;
+mod pulse;
+mod report;
+mod vigil;
 
-pub(crate) use self::{lease::Lease, link::Link};
+use self::health::Ejection;
+pub use self::report::Reported;
+pub(crate) use self::{lease::Lease, link::Link, pulse::Answer};
 
 /// How long a model whose last worker is gone stays known: asking for it is then answered with
 /// UNAVAILABLE, as for a restart, rather than with NOT_FOUND.
@@ -30,9 +37,12 @@ pub(crate) struct Fleet {
     dialer: Arc<dyn Dialer>,
     policy: Box<dyn Policy>,
     metrics: Metrics,
-    ejection: Duration,
-    max_ejection: Duration,
+    ejection: Ejection,
+    suspect_after: Duration,
+    slow_factor: f64,
     routes: watch::Sender<Arc<Routes>>,
+    /// Grows when the choice among the same workers has changed.
+    stir: watch::Sender<u64>,
     /// Held while a worker is chosen and its load raised, so that the next choice sees it.
     choosing: Mutex<()>,
 }
@@ -40,8 +50,18 @@ pub(crate) struct Fleet {
 /// Where requests can go, computed once per change of the view.
 #[derive(Debug, Default)]
 pub(crate) struct Routes {
-    links: HashMap<WorkerId, Arc<Link>>,
+    workers: HashMap<WorkerId, Known>,
     models: BTreeMap<String, Model>,
+}
+
+/// A worker in use.
+#[derive(Clone, Debug)]
+struct Known {
+    link: Arc<Link>,
+    /// What the registry says of it, or said last.
+    record: Arc<WorkerRecord>,
+    /// Whether the registry has lost it.
+    kept: bool,
 }
 
 /// A model that is or recently was served.
@@ -68,6 +88,15 @@ struct Member {
     /// Of the model at the worker.
     generation: u64,
     max_sequences: usize,
+}
+
+/// The workers that can take a request now: at least one.
+#[derive(Debug)]
+struct Choice<'a> {
+    group: &'a Group,
+    members: Vec<&'a Member>,
+    /// The members as a policy sees them.
+    candidates: Vec<Candidate<'a>>,
 }
 
 /// Why a request cannot be routed.
@@ -97,6 +126,8 @@ pub(crate) struct Want {
     pub(crate) identity: Option<String>,
     /// Tokens the request may still take.
     pub(crate) tokens: u64,
+    /// Whether no other request of this gateway may be there.
+    pub(crate) alone: bool,
 }
 
 impl Fleet {
@@ -110,20 +141,35 @@ impl Fleet {
             dialer,
             policy,
             metrics,
-            ejection: config.ejection,
-            max_ejection: config.max_ejection,
+            ejection: Ejection { first: config.ejection, longest: config.max_ejection },
+            suspect_after: config.suspect_after,
+            slow_factor: config.slow_factor,
             routes: watch::Sender::new(Arc::default()),
+            stir: watch::Sender::new(0),
             choosing: Mutex::default(),
         }
     }
 
-    /// Follows the registry's view until the registry goes away.
+    /// Follows the registry's view, and the pace of the workers, until the registry goes away.
     pub(crate) async fn follow(&self, mut view: watch::Receiver<Arc<View>>) {
+        let mut stirred = self.stir.subscribe();
+        let mut windows = time::interval(pace::WINDOW);
+        windows.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut judged = Instant::now();
         loop {
             let latest = Arc::clone(&view.borrow_and_update());
             self.apply(&latest);
-            if view.changed().await.is_err() {
-                return;
+            let kept = self.routes.borrow().workers.values().any(|known| known.kept);
+            loop {
+                tokio::select! {
+                    changed = view.changed() => if changed.is_ok() { break } else { return },
+                    // A kept worker may have fallen silent, or said that it leaves.
+                    _ = stirred.changed(), if kept => break,
+                    now = windows.tick() => {
+                        self.judge(now, now.saturating_duration_since(judged));
+                        judged = now;
+                    }
+                }
             }
         }
     }
@@ -132,11 +178,12 @@ impl Fleet {
     pub(crate) fn apply(&self, view: &View) {
         let before = Arc::clone(&self.routes.borrow());
         let now = Instant::now();
-        let mut links = HashMap::with_capacity(view.workers.len());
+        let workers = self.workers(&before, view);
         let mut models: BTreeMap<String, Model> = BTreeMap::new();
-        for record in view.workers.values() {
-            let Some(link) = self.link(&before, record) else { continue };
-            links.insert(record.id.clone(), Arc::clone(&link));
+        // In order of their names, so that equal views give equal routes.
+        let mut known: Vec<_> = workers.values().collect();
+        known.sort_by(|a, b| a.record.id.cmp(&b.record.id));
+        for Known { link, record, .. } in known {
             for held in record.models.iter().filter(|held| held.layers.start == 0) {
                 let model = models.entry(held.name.clone()).or_default();
                 model.holders.push((record.id.clone(), record.epoch));
@@ -145,7 +192,7 @@ impl Fleet {
             for held in record.served_models() {
                 let Some(model) = models.get_mut(&held.name) else { continue };
                 let generation = held.generation;
-                let member = Member { link: Arc::clone(&link), generation, max_sequences };
+                let member = Member { link: Arc::clone(link), generation, max_sequences };
                 match model.groups.iter_mut().find(|group| group.info.identity == held.identity) {
                     Some(group) => group.members.push(member),
                     None => model.groups.push(Group {
@@ -189,18 +236,63 @@ impl Fleet {
                     .insert(name.clone(), Model { groups: Vec::new(), holders, gone: Some(gone) });
             }
         }
-        self.publish(&before, Routes { links, models });
+        self.publish(&before, Routes { workers, models });
+    }
+
+    /// Returns the workers of a view, and those that it has lost and that answer all the same: a
+    /// lease that lapses while the registry is out of reach says nothing about the worker.
+    fn workers(&self, before: &Routes, view: &View) -> HashMap<WorkerId, Known> {
+        let mut workers = HashMap::with_capacity(view.workers.len());
+        for record in view.workers.values() {
+            let Some(link) = self.link(before, record) else { continue };
+            let known = Known { link, record: Arc::clone(record), kept: false };
+            workers.insert(record.id.clone(), known);
+        }
+        for (id, known) in &before.workers {
+            let lost = !view.workers.contains_key(id);
+            let stays = known.link.answer() == Answer::Answering
+                && !known.link.is_leaving()
+                && known.record.state != WorkerState::Draining;
+            if lost && stays {
+                if !known.kept {
+                    tracing::warn!(worker = %id, "the registry has lost a worker that answers");
+                }
+                workers.insert(id.clone(), Known { kept: true, ..known.clone() });
+            }
+        }
+        workers
+    }
+
+    /// Compares the paces of workers that serve the same model.
+    fn judge(&self, now: Instant, window: Duration) {
+        let routes = Arc::clone(&self.routes.borrow());
+        for (name, model) in &routes.models {
+            for group in &model.groups {
+                let links = || group.members.iter().map(|member| &member.link);
+                let samples: Vec<_> = links().map(|link| link.sample(name, now, window)).collect();
+                let verdicts = pace::verdicts(&samples, self.slow_factor);
+                for (link, verdict) in links().zip(verdicts) {
+                    if link.judge(name, verdict, now) {
+                        let worker = link.worker();
+                        tracing::warn!(%worker, model = name, "a worker far slower than its peers");
+                        self.metrics.worker_ejected(EjectionCause::Slow);
+                    }
+                }
+            }
+        }
     }
 
     /// Returns the link to a worker: the one in use, unless the worker started anew.
     fn link(&self, before: &Routes, record: &WorkerRecord) -> Option<Arc<Link>> {
-        if let Some(link) = before.links.get(&record.id).filter(|link| link.leads_to(record)) {
-            return Some(Arc::clone(link));
+        if let Some(known) = before.workers.get(&record.id)
+            && known.link.leads_to(record)
+        {
+            return Some(Arc::clone(&known.link));
         }
         match self.dialer.dial(record) {
             Ok(channel) => {
-                let outstanding = self.metrics.worker_outstanding(record.id.as_str());
-                Some(Arc::new(Link::new(record, channel, outstanding)))
+                let (after, stir) = (self.suspect_after, self.stir.clone());
+                Some(Link::connect(record, channel, after, stir, &self.metrics))
             }
             Err(error) => {
                 let error: &dyn std::error::Error = &error;
@@ -211,9 +303,10 @@ impl Fleet {
     }
 
     fn publish(&self, before: &Routes, after: Routes) {
-        for id in before.links.keys().filter(|id| !after.links.contains_key(*id)) {
+        for id in before.workers.keys().filter(|id| !after.workers.contains_key(*id)) {
             self.metrics.forget_worker(id.as_str());
         }
+        self.metrics.set_workers_kept(after.workers.values().filter(|known| known.kept).count());
         for name in before.models.keys().filter(|name| !after.models.contains_key(*name)) {
             self.metrics.set_workers(name, 0);
         }
@@ -242,7 +335,7 @@ impl Fleet {
             if !matches!(resolved, Err(RouteError::Nothing)) {
                 return resolved;
             }
-            match tokio::time::timeout_at(until, routes.changed()).await {
+            match time::timeout_at(until, routes.changed()).await {
                 Ok(Ok(())) => {}
                 Ok(Err(_)) | Err(_) => return resolved,
             }
@@ -251,60 +344,94 @@ impl Fleet {
 
     /// Returns a place at a worker, waiting for one until `until`.
     pub(crate) async fn acquire(&self, want: &Want, until: Instant) -> Result<Lease, NoWorker> {
-        let mut routes = self.watch();
+        time::timeout_at(until, self.when(want, |choice| self.take(choice, want)))
+            .await
+            .map_err(|_| NoWorker)
+    }
+
+    /// Returns when a worker could take a request.
+    pub(crate) async fn room(&self, want: &Want) {
+        self.when(want, |_| ()).await;
+    }
+
+    /// Returns what is made of the choice among the workers, once there is one.
+    async fn when<T>(&self, want: &Want, make: impl Fn(Choice<'_>) -> T) -> T {
+        let (mut routes, mut stirred) = (self.watch(), self.stir.subscribe());
         loop {
+            stirred.mark_unchanged();
             let latest = Arc::clone(&routes.borrow_and_update());
-            let retry_at = match self.choose(&latest, want) {
-                Ok(lease) => return Ok(lease),
-                Err(retry_at) => retry_at,
+            let retry_at = {
+                // So that the next choice sees what is made of this one.
+                let _choosing = self.choosing.lock().unwrap_or_else(PoisonError::into_inner);
+                match Choice::among(&latest, want, Instant::now()) {
+                    Ok(choice) => return make(choice),
+                    Err(retry_at) => retry_at,
+                }
             };
-            if Instant::now() >= until {
-                return Err(NoWorker);
-            }
-            let wake = retry_at.map_or(until, |at| at.min(until));
+            let retry = async {
+                match retry_at {
+                    Some(at) => time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            // Their senders are in `self`.
             tokio::select! {
-                changed = routes.changed() => changed.map_err(|_| NoWorker)?,
-                () = tokio::time::sleep_until(wake) => {}
+                _ = routes.changed() => {}
+                _ = stirred.changed() => {}
+                () = retry => {}
             }
         }
     }
 
-    /// Chooses a worker, or says when one that is being left alone can be tried again.
-    fn choose(&self, routes: &Routes, want: &Want) -> Result<Lease, Option<Instant>> {
-        let Some(group) = routes.group(want) else { return Err(None) };
-        let _choosing = self.choosing.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = Instant::now();
-        let mut retry_at: Option<Instant> = None;
-        let mut usable = Vec::with_capacity(group.members.len());
-        let mut candidates = Vec::with_capacity(group.members.len());
-        for member in &group.members {
-            if member.link.is_draining(&want.model, member.generation) {
-                continue;
-            }
-            match member.link.ejected_until(&want.model, now) {
-                Some(until) => {
-                    retry_at = Some(retry_at.map_or(until, |earliest| earliest.min(until)));
-                }
-                None => {
-                    let (streams, tokens) = member.link.load();
-                    let max_sequences = member.max_sequences;
-                    candidates.push(Candidate { streams, tokens, max_sequences });
-                    usable.push(member);
-                }
-            }
-        }
-        if usable.is_empty() {
-            return Err(retry_at);
-        }
-        let chosen = self.policy.choose(&candidates).min(usable.len() - 1);
-        let identity = group.info.identity.clone();
-        let Member { link, generation, .. } = usable[chosen];
-        Ok(Lease::new(Arc::clone(link), *generation, identity, want))
+    fn take(&self, choice: Choice<'_>, want: &Want) -> Lease {
+        let Choice { group, members, candidates } = choice;
+        let chosen = self.policy.choose(&candidates).min(members.len() - 1);
+        let Member { link, generation, .. } = members[chosen];
+        Lease::new(Arc::clone(link), *generation, group.info.identity.clone(), want)
     }
 
     /// Leaves the worker of `lease`, or only the model there, alone for a while, since it failed.
     pub(crate) fn eject(&self, lease: &Lease, only_model: bool) {
-        lease.eject(only_model, self.ejection, self.max_ejection);
+        if lease.eject(only_model, self.ejection) {
+            let cause = if only_model { EjectionCause::Failed } else { EjectionCause::Broken };
+            self.metrics.worker_ejected(cause);
+        }
+    }
+}
+
+impl<'a> Choice<'a> {
+    /// Returns the workers that can take a request now, or when one that is being left alone can
+    /// be tried again.
+    fn among(routes: &'a Routes, want: &Want, now: Instant) -> Result<Self, Option<Instant>> {
+        let group = routes.group(want).ok_or(None)?;
+        let mut retry_at: Option<Instant> = None;
+        let mut members = Vec::with_capacity(group.members.len());
+        let mut candidates = Vec::with_capacity(group.members.len());
+        for member in &group.members {
+            let link = &member.link;
+            let (streams, tokens) = link.load();
+            if link.answer().is_suspect()
+                || link.is_alone()
+                || (want.alone && streams > 0)
+                || link.is_draining(&want.model, member.generation)
+            {
+                continue;
+            }
+            if let Some(until) = link.ejected_until(&want.model, now) {
+                retry_at = Some(retry_at.map_or(until, |earliest| earliest.min(until)));
+                continue;
+            }
+            candidates.push(Candidate {
+                worker: link.worker(),
+                streams,
+                tokens,
+                max_sequences: member.max_sequences,
+                reported: link.reported(&want.model, now),
+                slow: link.is_slow(&want.model, now),
+            });
+            members.push(member);
+        }
+        if members.is_empty() { Err(retry_at) } else { Ok(Self { group, members, candidates }) }
     }
 }
 
@@ -312,6 +439,12 @@ impl Routes {
     /// Returns whether any request can be routed.
     pub(crate) fn is_serving(&self) -> bool {
         self.models.values().any(|model| !model.groups.is_empty())
+    }
+
+    /// Returns the link to a worker.
+    #[cfg(test)]
+    pub(crate) fn link(&self, worker: &WorkerId) -> Option<Arc<Link>> {
+        self.workers.get(worker).map(|known| Arc::clone(&known.link))
     }
 
     /// Returns the models that can be asked for, by name.

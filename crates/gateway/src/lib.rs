@@ -8,7 +8,8 @@
 //! ```
 //!
 //! - The fleet follows the registry's view and knows, for every worker, what the data plane says of
-//!   it: a worker that breaks a stream is left alone for a while, whatever the registry says.
+//!   it: a worker that breaks a stream is left alone for a while, whatever the registry says, and
+//!   one that reports its load stays in use for as long as it does, whatever the registry forgets.
 //! - A relay owns one client's stream. It forwards messages as they come and keeps only the token
 //!   ids: with them and the seed the stream goes on exactly at any worker of the same identity.
 //! - The server drains: it refuses new requests, lets streams finish, and ends what is left with a
@@ -28,6 +29,7 @@ mod tests;
 pub use self::{
     config::Config,
     dialer::{DialError, Dialer, LocalDialer, LocalIncoming, TcpDialer},
+    fleet::Reported,
     policy::{Candidate, LeastOutstanding, Policy},
     server::{Gateway, Readiness, ServeError},
 };

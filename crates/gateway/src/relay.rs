@@ -11,6 +11,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::Stream;
@@ -26,8 +27,12 @@ use crate::service::Shared;
 use crate::span;
 
 mod cursor;
+mod ordeal;
+mod trouble;
 
 use self::cursor::{Cursor, Step};
+use self::ordeal::{Accident, Ordeal};
+use self::trouble::{Trouble, trouble};
 
 /// How long a worker without room is left alone when it does not say so itself.
 const DEFAULT_BACK_OFF: Duration = Duration::from_millis(200);
@@ -70,6 +75,9 @@ struct State {
     attempt: Option<Attempt>,
     /// Breaks survived.
     moves: u32,
+    /// Breaks of which it is still open whether they were crashes.
+    accidents: Vec<Accident>,
+    ordeal: Ordeal,
     deadline: Option<Instant>,
     /// Until when a worker must be found; `None` while one answers.
     seek_until: Option<Instant>,
@@ -88,8 +96,35 @@ struct Attempt {
     stream: Streaming<v1::GenerateResponse>,
     lease: Lease,
     span: Span,
-    /// Whether a message has come.
-    alive: bool,
+    /// Messages that have come.
+    heard: Arc<AtomicU64>,
+    /// Resolves when the stream should leave the worker. One future for the whole attempt, as
+    /// `Relay::ending`.
+    trouble: Pin<Box<dyn Future<Output = Trouble> + Send + Sync>>,
+}
+
+/// Why there is no stream at a worker.
+enum Failure {
+    /// None could take it in time.
+    NoWorker,
+    /// One did not.
+    Refused { lease: Lease, span: Span, why: Break },
+}
+
+/// How a stream, or the attempt to open one, ended at a worker.
+enum Break {
+    /// The worker or the transport said so.
+    Status(Status),
+    /// The stream gave it up.
+    Trouble(Trouble),
+}
+
+/// What became of a stream whose worker does not answer.
+enum Relocation {
+    /// The worker spoke after all.
+    Heard(Result<Option<v1::GenerateResponse>, Status>),
+    /// The stream is at another worker, or the worker answers again.
+    Settled,
 }
 
 /// Returns the stream that the client sees.
@@ -123,10 +158,12 @@ impl Relay {
                 shared,
                 spec,
                 operation,
-                want: Want { model, identity: None, tokens },
+                want: Want { model, identity: None, tokens, alone: false },
                 cursor: Cursor::new(seed, given),
                 attempt: None,
                 moves: 0,
+                accidents: Vec::new(),
+                ordeal: Ordeal::default(),
                 deadline,
                 seek_until: Some(seek_until),
                 refusal: None,
@@ -162,7 +199,21 @@ impl State {
                 self.seek().await?;
                 continue;
             };
-            let status = match attempt.stream.message().await {
+            let message = tokio::select! {
+                biased;
+                message = attempt.stream.message() => message,
+                trouble = &mut attempt.trouble => match trouble {
+                    Trouble::Silent => match self.relocate().await? {
+                        Relocation::Heard(message) => message,
+                        Relocation::Settled => continue,
+                    },
+                    Trouble::Stalled => {
+                        self.leave(Break::Trouble(trouble))?;
+                        continue;
+                    }
+                },
+            };
+            let status = match message {
                 Ok(Some(response)) => match self.accept(response) {
                     Step::Forward(response) => return Ok(response),
                     Step::Skip => continue,
@@ -172,10 +223,7 @@ impl State {
                 Ok(None) => Reason::StreamBroken.status("stream ended before it was finished"),
                 Err(status) => status,
             };
-            // ## Relaying => (Seeking | Ended)
-            if let Some(attempt) = self.attempt.take() {
-                self.part(&attempt.lease, attempt.span, status)?;
-            }
+            self.leave(Break::Status(status))?;
         }
     }
 
@@ -184,12 +232,12 @@ impl State {
         let (Some(attempt), Some(recorder)) = (&mut self.attempt, &mut self.recorder) else {
             return Step::Skip;
         };
-        if !attempt.alive {
-            attempt.alive = true;
+        if attempt.heard.fetch_add(1, Ordering::Relaxed) == 0 {
             attempt.lease.set_alive();
             self.seek_until = None;
             self.refusal = None;
         }
+        attempt.lease.link().stir();
         let before = self.cursor.len();
         let step = self.cursor.accept(response);
         let Step::Forward(response) = &step else { return step };
@@ -203,6 +251,10 @@ impl State {
                 let tokens = self.cursor.len() - before;
                 recorder.completion(tokens);
                 attempt.lease.progress(u64::try_from(tokens).unwrap_or(u64::MAX));
+                if attempt.lease.is_alone() && self.ordeal.clear(self.cursor.len()) {
+                    self.want.alone = false;
+                    attempt.lease.share();
+                }
             }
             Some(v1::generate_response::Event::Finished(finished)) => {
                 // ## Relaying => Ended
@@ -221,25 +273,101 @@ impl State {
     /// Finds a worker and opens a stream there. ## Seeking => (Relaying | Ended)
     async fn seek(&mut self) -> Result<(), Status> {
         loop {
+            self.reckon().await?;
             let wait = self.shared.config.worker_wait;
             let until = *self.seek_until.get_or_insert_with(|| Instant::now() + wait);
-            let lease = match self.shared.fleet.acquire(&self.want, until).await {
-                Ok(lease) => lease,
-                Err(NoWorker) => return Err(self.no_worker()),
-            };
-            let spec = self.spec_to_send();
-            let span =
-                span::generation(&self.span, self.operation, &self.want.model, &spec, lease.link());
-            if let Some(previous) = &self.previous {
-                span.follows_from(previous);
-            }
-            self.cursor.begin_attempt();
-            match self.open(&lease, &span, spec).await {
-                Ok(stream) => {
-                    self.attempt = Some(Attempt { stream, lease, span, alive: false });
+            match self.attempt(until).await {
+                Ok(attempt) => {
+                    self.enter(attempt);
                     return Ok(());
                 }
-                Err(status) => self.part(&lease, span, status)?,
+                Err(Failure::NoWorker) => return Err(self.no_worker()),
+                Err(Failure::Refused { lease, span, why }) => {
+                    self.part(&lease, span, why, false)?;
+                }
+            }
+        }
+    }
+
+    /// Waits for a worker and opens a stream there.
+    async fn attempt(&self, until: Instant) -> Result<Attempt, Failure> {
+        let acquired = self.shared.fleet.acquire(&self.want, until).await;
+        let lease = acquired.map_err(|NoWorker| Failure::NoWorker)?;
+        let spec = self.spec_to_send();
+        let span =
+            span::generation(&self.span, self.operation, &self.want.model, &spec, lease.link());
+        if let Some(previous) = &self.previous {
+            span.follows_from(previous);
+        }
+        let heard = Arc::new(AtomicU64::new(0));
+        let mut trouble = self.trouble(&lease, &heard);
+        let opened = tokio::select! {
+            biased;
+            opened = self.open(&lease, &span, spec) => opened.map_err(Break::Status),
+            trouble = &mut trouble => Err(Break::Trouble(trouble)),
+        };
+        match opened {
+            Ok(stream) => Ok(Attempt { stream, lease, span, heard, trouble }),
+            Err(why) => Err(Failure::Refused { lease, span, why }),
+        }
+    }
+
+    /// Returns what tells that a stream should leave its worker.
+    fn trouble(
+        &self,
+        lease: &Lease,
+        heard: &Arc<AtomicU64>,
+    ) -> Pin<Box<dyn Future<Output = Trouble> + Send + Sync>> {
+        let identity = Some(lease.identity().to_owned());
+        let want = Want { identity, ..self.want.clone() };
+        let (shared, link) = (Arc::clone(&self.shared), Arc::clone(lease.link()));
+        Box::pin(trouble(shared, link, want, Arc::clone(heard)))
+    }
+
+    fn enter(&mut self, attempt: Attempt) {
+        self.cursor.begin_attempt();
+        self.attempt = Some(attempt);
+    }
+
+    /// Opens a stream at another worker while the present one does not answer, and only then gives
+    /// that one up: where the others have no room, waiting for it is the best there is.
+    async fn relocate(&mut self) -> Result<Relocation, Status> {
+        let Some(mut attempt) = self.attempt.take() else { return Ok(Relocation::Settled) };
+        let mut given_up = false;
+        loop {
+            let elsewhere = async {
+                if given_up {
+                    return std::future::pending().await;
+                }
+                let wait = self.shared.config.worker_wait;
+                self.attempt(Instant::now() + wait).await
+            };
+            let outcome = tokio::select! {
+                biased;
+                message = attempt.stream.message() => Some(Relocation::Heard(message)),
+                () = trouble::answers_again(attempt.lease.link()) => Some(Relocation::Settled),
+                other = elsewhere => match other {
+                    Ok(other) => {
+                        let Attempt { lease, span, .. } = attempt;
+                        self.part(&lease, span, Break::Trouble(Trouble::Silent), true)?;
+                        self.enter(other);
+                        return Ok(Relocation::Settled);
+                    }
+                    Err(Failure::NoWorker) => None,
+                    Err(Failure::Refused { lease, span, why }) => {
+                        // What another has against the request is no reason to end it here.
+                        given_up = matches!(&why, Break::Status(status) if !is_movable(status));
+                        if !given_up {
+                            self.part(&lease, span, why, false)?;
+                        }
+                        None
+                    }
+                },
+            };
+            if let Some(outcome) = outcome {
+                attempt.trouble = self.trouble(&attempt.lease, &attempt.heard);
+                self.attempt = Some(attempt);
+                return Ok(outcome);
             }
         }
     }
@@ -252,6 +380,7 @@ impl State {
             let resume = ResumeSpec { seed: self.cursor.seed(), token_ids: ids.to_vec() };
             spec.resume = Some(resume);
         }
+        spec.alone_tokens = self.ordeal.alone_tokens(ids.len());
         spec
     }
 
@@ -271,8 +400,29 @@ impl State {
         Ok(response.into_inner())
     }
 
-    /// Leaves a worker whose stream ended with `status`. Fails if the client's stream ends too.
-    fn part(&mut self, lease: &Lease, span: Span, status: Status) -> Result<(), Status> {
+    /// Leaves the present worker. ## Relaying => (Seeking | Ended)
+    fn leave(&mut self, why: Break) -> Result<(), Status> {
+        match self.attempt.take() {
+            Some(Attempt { lease, span, .. }) => self.part(&lease, span, why, true),
+            None => Ok(()),
+        }
+    }
+
+    /// Leaves a worker; `aboard` tells whether it had taken the request. Fails if the client's
+    /// stream ends too.
+    fn part(&mut self, lease: &Lease, span: Span, why: Break, aboard: bool) -> Result<(), Status> {
+        let (status, cause) = match why {
+            Break::Status(status) => {
+                let cause = cause(&status);
+                (status, cause)
+            }
+            Break::Trouble(Trouble::Silent) => {
+                (Reason::StreamBroken.status("it does not answer"), MoveCause::Silent)
+            }
+            Break::Trouble(Trouble::Stalled) => {
+                (Reason::StreamBroken.status("it computes nothing"), MoveCause::Stalled)
+            }
+        };
         span::record_received(&span, &status);
         self.previous = Some(span);
         // The client's own timer looks like a broken transport: the worker is not to blame.
@@ -283,7 +433,12 @@ impl State {
             return Err(relayed(&status));
         }
 
-        let cause = blame(&self.shared.fleet, lease, &status);
+        blame(&self.shared.fleet, lease, cause, &status);
+        // A call that was under way may have been taken, whatever is known of it.
+        if cause == MoveCause::Broken || (aboard && cause == MoveCause::Failed) {
+            self.ordeal.broke(self.cursor.len());
+            self.accidents.push(Accident::new(lease, cause == MoveCause::Failed));
+        }
         // A worker that did not take the request costs time, which is bounded, and no more.
         let refused =
             matches!(cause, MoveCause::Unreachable | MoveCause::Overloaded | MoveCause::Loading);
@@ -306,6 +461,37 @@ impl State {
             "migrate"
         );
         self.refusal = Some(status);
+        Ok(())
+    }
+
+    /// Finds out how many workers crashed with the request aboard, once that matters, and has it
+    /// run alone after two. Fails if it crashed one while it was alone there.
+    async fn reckon(&mut self) -> Result<(), Status> {
+        if !self.ordeal.is_open(self.accidents.len()) {
+            return Ok(());
+        }
+        for accident in std::mem::take(&mut self.accidents) {
+            if accident.was_crash().await && self.ordeal.crash(accident.was_alone()) {
+                self.shared.metrics.poisoned();
+                let crashes = self.ordeal.crashes();
+                return Err(Reason::Poison.status(format!(
+                    "{crashes} workers crashed while they computed this request, the last while \
+                     it computed nothing else"
+                )));
+            }
+        }
+        if self.ordeal.is_suspect() && !std::mem::replace(&mut self.want.alone, true) {
+            self.shared.metrics.lone_run();
+            tracing::warn!(
+                parent: &self.span,
+                crashes = self.ordeal.crashes(),
+                index = self.cursor.len(),
+                "isolate"
+            );
+        }
+        if self.want.alone {
+            self.seek_until = Some(Instant::now() + self.shared.config.alone_wait);
+        }
         Ok(())
     }
 
@@ -363,9 +549,8 @@ pub(crate) fn deadline_exceeded() -> Status {
     Status::deadline_exceeded("the answer was not finished within the deadline of the call")
 }
 
-/// Keeps new requests away from a worker that ended one with a movable `status`, and returns why.
-pub(crate) fn blame(fleet: &Fleet, lease: &Lease, status: &Status) -> MoveCause {
-    let cause = cause(status);
+/// Keeps new requests away from a worker that ended one with a movable `status`.
+pub(crate) fn blame(fleet: &Fleet, lease: &Lease, cause: MoveCause, status: &Status) {
     match cause {
         // The registry will say so too, later.
         MoveCause::Draining => lease.set_draining(),
@@ -374,10 +559,11 @@ pub(crate) fn blame(fleet: &Fleet, lease: &Lease, status: &Status) -> MoveCause 
             lease.back_off(Instant::now() + delay);
         }
         MoveCause::Unreachable | MoveCause::Broken => fleet.eject(lease, false),
+        // Its link knows already, and when that is over.
+        MoveCause::Silent => {}
         // Its other models may be well.
-        MoveCause::Pipeline | MoveCause::Failed => fleet.eject(lease, true),
+        MoveCause::Pipeline | MoveCause::Failed | MoveCause::Stalled => fleet.eject(lease, true),
     }
-    cause
 }
 
 /// Returns whether a request that a worker ended so may succeed at another.
@@ -386,7 +572,8 @@ pub(crate) fn is_movable(status: &Status) -> bool {
     tercet_proto::is_movable(status) || Reason::of(status) == Some(Reason::ModelUnknown)
 }
 
-fn cause(status: &Status) -> MoveCause {
+/// Returns why a request that ended so goes on at another worker.
+pub(crate) fn cause(status: &Status) -> MoveCause {
     match Reason::of(status) {
         Some(Reason::Draining | Reason::ModelUnknown) => MoveCause::Draining,
         Some(Reason::Loading) => MoveCause::Loading,

@@ -91,7 +91,9 @@ impl Service {
         span: Span,
     ) -> Result<Start, Status> {
         let (deadline, seek_until) = self.times(&request);
-        let spec = GenerateSpec::try_from(request.into_inner())?;
+        let mut spec = GenerateSpec::try_from(request.into_inner())?;
+        // For gateways to ask of workers, not for clients.
+        spec.alone_tokens = 0;
         let permit = self.admit()?;
         let model = self.resolve(spec.model.as_deref(), seek_until).await?;
         let seed = spec.seed().unwrap_or_else(draw_seed);
@@ -142,7 +144,7 @@ impl Service {
             let asked = (!named.is_empty()).then_some(named.as_str());
             let model = self.resolve(asked, seek_until).await?;
             model.clone_into(named);
-            let want = Want { model, identity: None, tokens: 1 };
+            let want = Want { model, identity: None, tokens: 1, alone: false };
             self.forward(Call { message, want, deadline, seek_until }, send).await
         };
         let outcome = answered.instrument(span.clone()).await;
@@ -189,7 +191,7 @@ impl Service {
             if !relay::is_movable(&status) {
                 return Err(relay::relayed(&status));
             }
-            relay::blame(&self.0.fleet, &lease, &status);
+            relay::blame(&self.0.fleet, &lease, relay::cause(&status), &status);
             if attempts == UNARY_ATTEMPTS {
                 return Err(relay::relayed(&status));
             }
@@ -264,7 +266,7 @@ impl Inference for Service {
             let model = self.resolve(spec.model.as_deref(), seek_until).await?;
             spec.model = Some(model.clone());
             let tokens = u64::try_from(spec.tokens.len()).unwrap_or(u64::MAX);
-            let want = Want { model, identity: None, tokens };
+            let want = Want { model, identity: None, tokens, alone: false };
             let message = v1::ScoreRequest::from(spec);
             self.forward(
                 Call { message, want, deadline, seek_until },

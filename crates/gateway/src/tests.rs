@@ -4,7 +4,9 @@
 mod bench;
 mod fake;
 mod limits;
+mod liveness;
 mod models;
+mod poison;
 mod resume;
 mod routing;
 mod serving;

@@ -59,6 +59,8 @@ pub struct GenerateSpec {
     pub cache_salt: String,
     /// What the completion has to look like.
     pub grammar: Option<GrammarSpec>,
+    /// Tokens for which the worker is to compute nothing else.
+    pub alone_tokens: u32,
 }
 
 /// What a completion continues.
@@ -139,6 +141,7 @@ impl TryFrom<v1::GenerateRequest> for GenerateSpec {
             echo,
             cache_salt,
             grammar,
+            alone_tokens,
         } = request;
         let sampling = sampling.unwrap_or_default();
         let stop = stop.unwrap_or_default();
@@ -192,6 +195,7 @@ impl TryFrom<v1::GenerateRequest> for GenerateSpec {
             echo: echo.unwrap_or_default(),
             cache_salt,
             grammar: grammar.and_then(GrammarSpec::read),
+            alone_tokens,
         })
     }
 }
@@ -208,6 +212,7 @@ impl From<GenerateSpec> for v1::GenerateRequest {
             echo,
             cache_salt,
             grammar,
+            alone_tokens,
         } = spec;
         Self {
             model: model.unwrap_or_default(),
@@ -238,6 +243,7 @@ impl From<GenerateSpec> for v1::GenerateRequest {
             echo: Some(echo),
             cache_salt,
             grammar: grammar.map(Into::into),
+            alone_tokens,
         }
     }
 }

@@ -122,6 +122,19 @@ label_values! {
         Pipeline = "pipeline",
         /// The worker cannot compute any more.
         Failed = "failed",
+        /// The worker was silent for too long.
+        Silent = "silent",
+        /// The worker computed nothing for too long, though it answers.
+        Stalled = "stalled",
+    }
+    /// Why new requests avoid a worker for a while.
+    EjectionCause {
+        /// Its connection broke, or none could be made.
+        Broken = "broken",
+        /// A model of it failed or hangs.
+        Failed = "failed",
+        /// It is far slower than its peers.
+        Slow = "slow",
     }
 }
 
@@ -197,6 +210,11 @@ struct CauseLabels {
 }
 
 #[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct EjectionLabels {
+    cause: EjectionCause,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
 struct ModelLabels {
     gen_ai_request_model: String,
 }
@@ -221,6 +239,12 @@ struct Inner {
     worker_outstanding: Family<WorkerLabels, Gauge>,
     workers: Family<ModelLabels, Gauge>,
     stream_moves: Family<CauseLabels, Counter>,
+    worker_suspected: Family<WorkerLabels, Gauge>,
+    suspicions: Counter,
+    ejections: Family<EjectionLabels, Counter>,
+    workers_kept: Gauge,
+    lone_runs: Counter,
+    poison: Counter,
     sequences: Family<SequenceLabels, Gauge>,
     kv_pages: Family<PageLabels, Gauge>,
     model_states: Family<ModelStateLabels, Gauge>,
@@ -251,6 +275,12 @@ impl Metrics {
             worker_outstanding: Family::default(),
             workers: Family::default(),
             stream_moves: Family::default(),
+            worker_suspected: Family::default(),
+            suspicions: Counter::default(),
+            ejections: Family::default(),
+            workers_kept: Gauge::default(),
+            lone_runs: Counter::default(),
+            poison: Counter::default(),
             sequences: Family::default(),
             kv_pages: Family::default(),
             model_states: Family::default(),
@@ -300,6 +330,36 @@ impl Metrics {
             "tercet_stream_moves",
             "Streams that went on at another worker",
             inner.stream_moves.clone(),
+        );
+        registry.register(
+            "tercet_worker_suspected",
+            "1 for a worker that does not answer this gateway and gets no new requests",
+            inner.worker_suspected.clone(),
+        );
+        registry.register(
+            "tercet_suspicions",
+            "Times that a worker stopped answering this gateway",
+            inner.suspicions.clone(),
+        );
+        registry.register(
+            "tercet_ejections",
+            "Times that new requests avoided a worker for a while",
+            inner.ejections.clone(),
+        );
+        registry.register(
+            "tercet_workers_kept",
+            "Workers in use that answer, though the registry has lost them",
+            inner.workers_kept.clone(),
+        );
+        registry.register(
+            "tercet_lone_runs",
+            "Requests tried alone after two workers had crashed with them aboard",
+            inner.lone_runs.clone(),
+        );
+        registry.register(
+            "tercet_poison",
+            "Requests ended because a worker crashed that had nothing else to compute",
+            inner.poison.clone(),
         );
         registry.register(
             "tercet_sequences",
@@ -373,7 +433,40 @@ impl Metrics {
 
     /// Forgets a worker that is gone for good.
     pub fn forget_worker(&self, worker: &str) {
-        self.0.worker_outstanding.remove(&WorkerLabels { worker: worker.to_owned() });
+        let labels = WorkerLabels { worker: worker.to_owned() };
+        self.0.worker_outstanding.remove(&labels);
+        self.0.worker_suspected.remove(&labels);
+    }
+
+    /// Returns whether a worker does not answer, to be kept by the gateway.
+    pub fn worker_suspected(&self, worker: &str) -> Gauge {
+        let labels = WorkerLabels { worker: worker.to_owned() };
+        self.0.worker_suspected.get_or_create_owned(&labels)
+    }
+
+    /// Counts that a worker stopped answering.
+    pub fn suspicion(&self) {
+        self.0.suspicions.inc();
+    }
+
+    /// Counts that new requests avoid a worker for a while.
+    pub fn worker_ejected(&self, cause: EjectionCause) {
+        self.0.ejections.get_or_create(&EjectionLabels { cause }).inc();
+    }
+
+    /// Tells how many workers are in use though the registry has lost them.
+    pub fn set_workers_kept(&self, count: usize) {
+        self.0.workers_kept.set(gauge_value(count));
+    }
+
+    /// Counts a request that is tried alone at a worker.
+    pub fn lone_run(&self) {
+        self.0.lone_runs.inc();
+    }
+
+    /// Counts a request that made a worker crash while it was there alone.
+    pub fn poisoned(&self) {
+        self.0.poison.inc();
     }
 
     /// Tells how many workers serve a model.

@@ -24,7 +24,7 @@ pub(crate) use self::{
     budget::{KvBudget, KvShare},
     hosted::{Facts, Hosted, Loaded, Phase, Progress, Role},
 };
-use crate::Config;
+use crate::{Config, company::Floor};
 
 /// Why a worker without models is not ready.
 const NO_MODEL: &str = "no model is loaded";
@@ -54,6 +54,8 @@ pub(crate) struct Core {
     pub(crate) kv: KvBudget,
     /// Counts the models ever hosted.
     generations: AtomicU64,
+    /// Who is computed beside whom.
+    floor: Floor,
     /// Tasks of models and pipeline links.
     pub(crate) tasks: TaskTracker,
 }
@@ -72,6 +74,7 @@ impl Core {
             evicted: CancellationToken::new(),
             closing: CancellationToken::new(),
             generations: AtomicU64::new(0),
+            floor: Floor::default(),
             tasks: TaskTracker::new(),
         })
     }

@@ -12,6 +12,7 @@ use tonic::Status;
 use tracing::Span;
 
 use crate::{
+    company::Company,
     completion::{Completion, Matched},
     core::{ActiveGuard, Hosted, wire},
     failure,
@@ -87,6 +88,7 @@ pub(crate) struct Held {
     pub(crate) _room: OwnedSemaphorePermit,
     pub(crate) _active: ActiveGuard,
     pub(crate) debt: Debt,
+    pub(crate) company: Company,
 }
 
 /// What is told of a generation to operators.
@@ -148,6 +150,7 @@ impl Generation {
             watched.enter(Phase::Decode);
             self.clock.token();
             self.held.debt.pay(ids.len());
+            self.held.company.pay(ids.len());
             let delta = self.delta(ids, logprobs);
             watched.count(delta.token_ids.len());
             self.outbox.push_back(message(Event::Delta(delta)));

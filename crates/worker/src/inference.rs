@@ -22,6 +22,7 @@ use tonic::{Request, Response, Status};
 use tracing::{Instrument as _, Span};
 
 use crate::{
+    company::Company,
     completion::{Completion, Limits},
     core::{ActiveGuard, Core, Facts, Hosted, Loaded, Phase, wire},
     failure,
@@ -108,6 +109,7 @@ impl InferenceService {
         let length = spec.tokens.len();
         let mut debt = model.meter.admit();
         debt.owe(length, 0);
+        let _company = Company::enter(&model, 0, call.deadline).await?;
         let (sink, mailbox) = mailbox();
         let request = SequenceRequest {
             prompt: spec.tokens,
@@ -244,7 +246,9 @@ async fn submit(
     active: ActiveGuard,
     watched: &mut Watched,
 ) -> Result<(Generation, v1::Started), Status> {
-    let mut held = Held { _room: model.admit()?, _active: active, debt: model.meter.admit() };
+    let (room, debt) = (model.admit()?, model.meter.admit());
+    let company = Company::enter(&model, spec.alone_tokens, deadline).await?;
+    let mut held = Held { _room: room, _active: active, debt, company };
     let seed = spec.seed().unwrap_or_else(draw_seed);
     let clock = Clock::start();
     let GenerateSpec { input, sampling, stop, resume, cache_salt, grammar, logprobs, echo, .. } =

@@ -21,6 +21,7 @@
 //!   other worker of the same identity goes on exactly.
 
 mod administration;
+mod company;
 mod completion;
 mod config;
 mod core;

@@ -2,6 +2,7 @@
 
 mod choices;
 mod cluster;
+mod company;
 mod deadlines;
 mod drain;
 mod generate;

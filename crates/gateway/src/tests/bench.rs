@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Status};
 
 use super::fake::{FakeWorker, Wires, spawn, text, token};
-use crate::fleet::Fleet;
+use crate::fleet::{Answer, Fleet, Link};
 use crate::service::{Service, Shared};
 use crate::{Config, LeastOutstanding};
 
@@ -106,6 +106,33 @@ impl Bench {
         (worker, registration)
     }
 
+    /// Starts and registers a worker that reports its load, and waits until that is known.
+    pub(super) async fn reporting(&self, record: WorkerRecord) -> (Arc<FakeWorker>, Registration) {
+        let worker = FakeWorker::start();
+        worker.reports(|report| {
+            report.epoch = record.epoch;
+            report.set_state(v1::WorkerState::Ready);
+            report.models = record.models.iter().map(load).collect();
+        });
+        self.wires.0.lock().unwrap().insert(record.id.clone(), worker.wire.clone());
+        let id = record.id.clone();
+        let registration = self.register(record).await;
+        self.until_answer(id.as_str(), Answer::Answering).await;
+        (worker, registration)
+    }
+
+    /// Returns the link to a worker.
+    pub(super) fn link(&self, id: &str) -> Arc<Link> {
+        self.shared.fleet.watch().borrow().link(&id.parse().unwrap()).unwrap()
+    }
+
+    /// Returns when a worker answers so.
+    pub(super) async fn until_answer(&self, id: &str, answer: Answer) {
+        let mut answers = self.link(id).answers();
+        let came = answers.wait_for(|present| *present == answer);
+        tokio::time::timeout(PATIENCE, came).await.unwrap().unwrap();
+    }
+
     /// Registers a worker and waits until the gateway knows it.
     pub(super) async fn register(&self, record: WorkerRecord) -> Registration {
         self.noticed(self.registry.register(record)).await.unwrap()
@@ -145,6 +172,15 @@ impl Bench {
         let text = self.metrics.encode();
         let value = text.lines().find_map(|line| line.strip_prefix(series));
         value.map_or(0.0, |value| value.trim().parse().unwrap())
+    }
+}
+
+fn load(model: &ModelRecord) -> v1::ModelLoad {
+    v1::ModelLoad {
+        name: model.name.clone(),
+        generation: model.generation,
+        state: v1::ModelState::Ready.into(),
+        ..v1::ModelLoad::default()
     }
 }
 

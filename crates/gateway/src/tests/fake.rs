@@ -4,12 +4,14 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use futures::Stream;
 use hyper_util::rt::TokioIo;
 use tercet_cluster::{WorkerId, WorkerRecord};
 use tercet_proto::v1::generate_response::Event;
 use tercet_proto::v1::inference_server::{Inference, InferenceServer};
+use tercet_proto::v1::worker_server::{Worker, WorkerServer};
 use tercet_proto::{GenerateSpec, Input, v1};
 use tokio::io::DuplexStream;
 use tokio::sync::{mpsc, watch};
@@ -38,6 +40,8 @@ pub(super) enum Play {
     End { at: u32 },
     /// Cuts the worker's wire before that index, as a kill does.
     Cut { at: u32 },
+    /// Breaks the worker's connections before that index, as a network does: it takes new ones.
+    Reset { at: u32 },
     /// Lets the worker's wire hang before that index, as a dead network does.
     Freeze { at: u32 },
     /// Says nothing more before that index.
@@ -90,6 +94,9 @@ pub(super) struct FakeWorker {
     /// Generations in progress.
     pub(super) active: watch::Sender<usize>,
     pub(super) wire: Wire,
+    /// What it tells of its load, every time it changes and steadily; `None` is said by an older
+    /// version, which knows no reports.
+    pub(super) report: watch::Sender<Option<v1::LoadReport>>,
 }
 
 /// What a worker's connections do.
@@ -105,6 +112,8 @@ pub(super) enum WireState {
 #[derive(Clone, Debug)]
 pub(super) struct Wire {
     pub(super) state: watch::Sender<WireState>,
+    /// Grows when the connections break.
+    resets: watch::Sender<u64>,
     accept: mpsc::Sender<DuplexStream>,
 }
 
@@ -129,9 +138,15 @@ impl FakeWorker {
     pub(super) fn start() -> Arc<Self> {
         let (worker, incoming) = Self::new();
         let service = InferenceServer::new(FakeService(Arc::clone(&worker)));
+        let reports = WorkerServer::new(FakeService(Arc::clone(&worker)));
         let incoming =
             tokio_stream::StreamExt::map(ReceiverStream::new(incoming), Ok::<_, io::Error>);
-        spawn(Server::builder().add_service(service).serve_with_incoming(incoming));
+        spawn(
+            Server::builder()
+                .add_service(service)
+                .add_service(reports)
+                .serve_with_incoming(incoming),
+        );
         worker
     }
 
@@ -144,13 +159,23 @@ impl FakeWorker {
             unary: Mutex::default(),
             unary_calls: Mutex::default(),
             active: watch::Sender::new(0),
-            wire: Wire { state: watch::Sender::new(WireState::Up), accept },
+            wire: Wire {
+                state: watch::Sender::new(WireState::Up),
+                resets: watch::Sender::default(),
+                accept,
+            },
+            report: watch::Sender::new(None),
         };
         (Arc::new(worker), incoming)
     }
 
     pub(super) fn plays(&self, plays: impl IntoIterator<Item = Play>) {
         self.script.lock().unwrap().extend(plays);
+    }
+
+    /// Changes what it reports.
+    pub(super) fn reports(&self, change: impl FnOnce(&mut v1::LoadReport)) {
+        self.report.send_modify(|report| change(report.get_or_insert_default()));
     }
 
     pub(super) fn seen(&self) -> Vec<Seen> {
@@ -168,6 +193,16 @@ impl FakeWorker {
         while self.seen().len() < count {
             tokio::task::yield_now().await;
         }
+    }
+
+    /// Returns when that many generations have been asked for, letting time pass.
+    pub(super) async fn in_time_seen(&self, count: usize) {
+        let wait = async {
+            while self.seen().len() < count {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(super::bench::PATIENCE, wait).await.unwrap();
     }
 
     /// Returns when that many generations are in progress.
@@ -189,7 +224,7 @@ impl Wire {
         let (client, mut client_far) = tokio::io::duplex(64 * 1024);
         let (server, mut server_far) = tokio::io::duplex(64 * 1024);
         self.accept.send(server).await.map_err(|_| io::ErrorKind::ConnectionRefused)?;
-        let mut state = self.state.subscribe();
+        let (mut state, mut resets) = (self.state.subscribe(), self.resets.subscribe());
         spawn(async move {
             loop {
                 let current = *state.borrow_and_update();
@@ -207,6 +242,7 @@ impl Wire {
                 };
                 tokio::select! {
                     () = copy => return,
+                    _ = resets.changed() => return,
                     changed = state.changed() => if changed.is_err() { return },
                 }
             }
@@ -318,6 +354,56 @@ impl Inference for FakeService {
     }
 }
 
+#[tonic::async_trait]
+impl Worker for FakeService {
+    type LoadModelStream =
+        Pin<Box<dyn Stream<Item = Result<v1::LoadModelResponse, Status>> + Send>>;
+    type WatchLoadStream = Pin<Box<dyn Stream<Item = Result<v1::LoadReport, Status>> + Send>>;
+
+    async fn watch_load(
+        &self,
+        request: Request<v1::WatchLoadRequest>,
+    ) -> Result<Response<Self::WatchLoadStream>, Status> {
+        let interval = Duration::from_millis(request.into_inner().interval_millis.into());
+        let mut reports = self.0.report.subscribe();
+        if reports.borrow_and_update().is_none() {
+            return Err(Status::unimplemented("an older version"));
+        }
+        let (messages, stream) = mpsc::channel(1);
+        spawn(async move {
+            loop {
+                let report = reports.borrow_and_update().clone().unwrap_or_default();
+                if messages.send(Ok(report)).await.is_err() {
+                    return;
+                }
+                drop(tokio::time::timeout(interval, reports.changed()).await);
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+
+    async fn describe(
+        &self,
+        _request: Request<v1::DescribeRequest>,
+    ) -> Result<Response<v1::DescribeResponse>, Status> {
+        Err(Status::unimplemented("no gateway asks"))
+    }
+
+    async fn load_model(
+        &self,
+        _request: Request<v1::LoadModelRequest>,
+    ) -> Result<Response<Self::LoadModelStream>, Status> {
+        Err(Status::unimplemented("no gateway asks"))
+    }
+
+    async fn unload_model(
+        &self,
+        _request: Request<v1::UnloadModelRequest>,
+    ) -> Result<Response<v1::UnloadModelResponse>, Status> {
+        Err(Status::unimplemented("no gateway asks"))
+    }
+}
+
 type Messages = mpsc::Sender<Result<v1::GenerateResponse, Status>>;
 
 async fn send(messages: &Messages, event: Event) {
@@ -355,6 +441,11 @@ async fn perform(worker: &FakeWorker, spec: GenerateSpec, play: Play, messages: 
                 // What was sent has to arrive first: the test is about this index.
                 drop(messages.reserve().await);
                 worker.wire.state.send_replace(WireState::Down);
+                return;
+            }
+            Play::Reset { at } if at == index => {
+                drop(messages.reserve().await);
+                worker.wire.resets.send_modify(|resets| *resets += 1);
                 return;
             }
             Play::Freeze { at } if at == index => {

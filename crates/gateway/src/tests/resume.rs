@@ -136,7 +136,7 @@ async fn moves_are_bounded() {
     let bench = Bench::new(Config { max_moves: 3, ..Config::default() });
     let (a, _a) = bench.worker(record("a", &["demo"])).await;
     let (b, _b) = bench.worker(record("b", &["demo"])).await;
-    let fail = |at| Play::Fail { at, status: Reason::WorkerFailed.status("engine panicked") };
+    let fail = |at| Play::Fail { at, status: Reason::PipelineBroken.status("stage 2 is gone") };
     for worker in [&a, &b] {
         worker.plays((0..20).map(|_| fail(2)));
     }
@@ -145,9 +145,9 @@ async fn moves_are_bounded() {
     assert_eq!(got.ids, expected(SEED, 2), "what came is kept");
     let error = got.error.unwrap();
     assert_eq!(error.code(), Code::Unavailable);
-    assert_eq!(Reason::of(&error), Some(Reason::WorkerFailed));
-    assert_eq!(error.message(), "gave up after 3 moves, the last worker: engine panicked");
-    assert_eq!(bench.metric("tercet_stream_moves_total{cause=\"failed\"}"), 3.0);
+    assert_eq!(Reason::of(&error), Some(Reason::PipelineBroken));
+    assert_eq!(error.message(), "gave up after 3 moves, the last worker: stage 2 is gone");
+    assert_eq!(bench.metric("tercet_stream_moves_total{cause=\"pipeline\"}"), 3.0);
 }
 
 #[tokio::test(start_paused = true)]

@@ -36,6 +36,7 @@ fn absent_fields_are_no_overrides() {
             echo: false,
             cache_salt: String::new(),
             grammar: None,
+            alone_tokens: 0,
         }
     );
     assert_eq!(spec.seed(), None);
@@ -77,6 +78,7 @@ fn specs_turn_back_into_the_request() {
             echo: Some(true),
             cache_salt: "tenant".to_owned(),
             grammar: None,
+            alone_tokens: 32,
         };
         let spec = GenerateSpec::try_from(request.clone()).unwrap();
         assert_eq!(spec.seed(), Some(u64::MAX));

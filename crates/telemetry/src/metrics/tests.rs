@@ -73,6 +73,12 @@ fn gauges_and_counters_have_their_names() {
     metrics.set_model_state("demo", "ready");
     metrics.set_workers("demo", 2);
     metrics.worker_outstanding("w-1").set(4);
+    metrics.worker_suspected("w-1").set(1);
+    metrics.suspicion();
+    metrics.worker_ejected(EjectionCause::Slow);
+    metrics.set_workers_kept(2);
+    metrics.lone_run();
+    metrics.poisoned();
     metrics.stream_moved(MoveCause::Draining);
     metrics.reject(Component::Gateway, "OVERLOADED");
     metrics.step("demo", Duration::from_millis(3), &[(RowKind::Prompt, 12), (RowKind::Decode, 0)]);
@@ -86,6 +92,12 @@ fn gauges_and_counters_have_their_names() {
         ("tercet_model_state{gen_ai_request_model=\"demo\",state=\"failed\"}", 0.0),
         ("tercet_workers{gen_ai_request_model=\"demo\"}", 2.0),
         ("tercet_worker_outstanding{worker=\"w-1\"}", 4.0),
+        ("tercet_worker_suspected{worker=\"w-1\"}", 1.0),
+        ("tercet_suspicions_total", 1.0),
+        ("tercet_ejections_total{cause=\"slow\"}", 1.0),
+        ("tercet_workers_kept", 2.0),
+        ("tercet_lone_runs_total", 1.0),
+        ("tercet_poison_total", 1.0),
         ("tercet_stream_moves_total{cause=\"draining\"}", 1.0),
         ("tercet_rejections_total{component=\"gateway\",reason=\"OVERLOADED\"}", 1.0),
         ("tercet_step_duration_seconds_bucket{le=\"0.0025\",gen_ai_request_model=\"demo\"}", 0.0),
@@ -102,7 +114,9 @@ fn gauges_and_counters_have_their_names() {
         assert!(!metrics.encode().contains(gone), "{gone} after the model");
     }
     metrics.forget_worker("w-1");
-    assert_eq!(value(&metrics, "tercet_worker_outstanding{worker=\"w-1\"}"), None);
+    for gone in ["tercet_worker_outstanding", "tercet_worker_suspected"] {
+        assert_eq!(value(&metrics, &format!("{gone}{{worker=\"w-1\"}}")), None);
+    }
 }
 
 #[tokio::test]

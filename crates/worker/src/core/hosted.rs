@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use super::{Active, ActiveGuard, Core, budget::KvShare, wire};
-use crate::{Config, ModelSpec, meter::Meter, pipeline::Stage};
+use crate::{Config, ModelSpec, company::Floor, meter::Meter, pipeline::Stage};
 
 /// When callers of a model that loads, or has no room, should come back.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -129,6 +129,8 @@ pub(crate) struct Hosted {
     pub(crate) active: Active,
     /// What its requests still take, and how fast it computes them.
     pub(crate) meter: Meter,
+    /// Who is computed beside whom, in all models.
+    pub(crate) floor: Floor,
     /// Cancelled when a drain has lasted too long: whatever is active must end.
     pub(crate) evicted: CancellationToken,
     /// Cancelled when the model is to leave memory. Nothing is active any more, or has been told
@@ -227,6 +229,7 @@ impl Hosted {
             progress: watch::Sender::default(),
             active: Active::new(core.traffic.clone()),
             meter: Meter::default(),
+            floor: core.floor.clone(),
             evicted: core.evicted.child_token(),
             closing: core.closing.child_token(),
             gone: CancellationToken::new(),

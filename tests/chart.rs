@@ -88,6 +88,8 @@ fn senseless_values_are_refused() -> Result<()> {
         ("gateway.terminationGracePeriodSeconds=14", "at '/gateway/terminationGracePeriodSeconds'"),
         ("etcd.bundled=false", "list the URLs of your etcd in etcd.endpoints"),
         ("etcd.endpoints={http://a:2379}", "set etcd.bundled to false"),
+        ("etcd.auth.secret=user", "the bundled etcd has neither TLS nor users"),
+        ("etcd.tls.clientCertificate=true", "etcd.tls.secret is empty"),
         ("worker.model.path=a.gguf", "worker.model.claim is empty"),
         ("worker.model.claim=models", "worker.model.path is empty"),
     ];

@@ -11,6 +11,7 @@ mod failover;
 mod fixtures;
 mod models;
 mod network;
+mod outage;
 mod pipeline;
 mod pods;
 mod readme;

@@ -15,10 +15,25 @@ use crate::PATIENCE;
 ///
 /// Returns an error if the server does not answer.
 pub fn http_get(address: &str, path: &str) -> Result<String> {
+    exchange(address, &format!("GET {path}"), "")
+}
+
+/// Sends JSON to a path of the server at an address and returns the whole response, head and body.
+///
+/// # Errors
+///
+/// Returns an error if the server does not answer.
+pub fn http_post(address: &str, path: &str, json: &str) -> Result<String> {
+    exchange(address, &format!("POST {path}"), json)
+}
+
+fn exchange(address: &str, request: &str, body: &str) -> Result<String> {
     let mut stream =
         TcpStream::connect(address).with_context(|| format!("connect to {address}"))?;
     stream.set_read_timeout(Some(PATIENCE))?;
-    write!(stream, "GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n")?;
+    let length = body.len();
+    let head = format!("{request} HTTP/1.1\r\nhost: {address}\r\ncontent-length: {length}");
+    write!(stream, "{head}\r\nconnection: close\r\n\r\n{body}")?;
     let mut response = String::new();
     stream.read_to_string(&mut response)?;
     Ok(response)

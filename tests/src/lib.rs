@@ -3,8 +3,8 @@
 //!
 //! - [`tool`] finds an installed part; without it a test says that it did not run, and under
 //!   `tests/run`, which installs all of them, it fails.
-//! - [`Tercet`] is a running `tercet` that has bound its address; [`Etcd`] a running etcd; both end
-//!   when dropped. [`Process`] is what they are made of.
+//! - [`Tercet`] is a running `tercet` that has bound its address; [`Etcd`] a running etcd, [`EtcdTrio`] one
+//!   of three members; all end when dropped. [`Process`] is what they are made of.
 //! - [`Client`] is a client of the public service, [`collect`] reads a stream and holds it to its
 //!   promises. A [`Reference`] is an answer that others are held to, and [`FEATURES`] are all the
 //!   ways to ask.
@@ -34,8 +34,8 @@ pub use self::{
     answer::{Answer, End, Likelihood, Reference},
     client::{Client, Completion, collect, collect_from, greedy, sampled},
     dice::{Dice, number_of, seed_of},
-    etcd::Etcd,
-    http::{http_get, metric},
+    etcd::{Etcd, EtcdTrio},
+    http::{http_get, http_post, metric},
     measure::{Sample, resident_bytes},
     network::{Host, Network},
     process::{PATIENCE, Process, helper, run},

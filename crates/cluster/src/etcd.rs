@@ -146,6 +146,7 @@ async fn serve(
     mut inbox: mpsc::Receiver<Tenant>,
     ttl: Duration,
 ) {
+    let view = follower.view.subscribe();
     let tasks = TaskTracker::new();
     let closed = CancellationToken::new();
     tasks.spawn({
@@ -153,7 +154,7 @@ async fn serve(
         async move { closed.run_until_cancelled(follower.run()).await }
     });
     while let Some(tenant) = inbox.recv().await {
-        tasks.spawn(tenant.keep(Arc::clone(&endpoints), ttl));
+        tasks.spawn(tenant.keep(Arc::clone(&endpoints), ttl, view.clone()));
     }
     closed.cancel();
     tasks.close();

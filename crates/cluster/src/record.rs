@@ -200,6 +200,21 @@ impl WorkerRecord {
         self.served_models().find(|held| held.name == model)
     }
 
+    /// Returns whether `other` says the same, except for rates that hardly differ: that is not worth
+    /// a write.
+    pub fn is_near(&self, other: &Self) -> bool {
+        let mut other = other.clone();
+        for (ours, theirs) in self.models.iter().zip(&mut other.models) {
+            if ours.decode_rate.is_near(theirs.decode_rate) {
+                theirs.decode_rate = ours.decode_rate;
+            }
+            if ours.prefill_rate.is_near(theirs.prefill_rate) {
+                theirs.prefill_rate = ours.prefill_rate;
+            }
+        }
+        *self == other
+    }
+
     /// Returns the models for which requests can be sent to this worker now.
     pub fn served_models(&self) -> impl Iterator<Item = &ModelRecord> {
         let ready = self.state == WorkerState::Ready;
@@ -242,6 +257,15 @@ impl WorkerRecord {
     pub(crate) fn encode(&self) -> Vec<u8> {
         serde_json::to_vec(&Stored { version: VERSION, record: self })
             .expect("strings, numbers and lists always serialize")
+    }
+
+    /// Returns the epoch of a stored form, of whatever version.
+    pub(crate) fn epoch_of(stored: &[u8]) -> Option<u64> {
+        #[derive(Deserialize)]
+        struct Epoch {
+            epoch: u64,
+        }
+        serde_json::from_slice(stored).ok().map(|Epoch { epoch }| epoch)
     }
 
     /// Reads the stored form found under the key of the worker named `id`.
@@ -313,10 +337,28 @@ mod tests {
     }
 
     #[test]
+    fn records_are_near_when_only_rates_differ_and_hardly() {
+        let rated = |decode: f64| {
+            let mut record = record();
+            record.models[0].decode_rate = Rate::measured(decode);
+            record
+        };
+        assert!(rated(10.0).is_near(&rated(11.0)));
+        assert!(!rated(10.0).is_near(&rated(20.0)));
+        assert!(!record().is_near(&rated(1.0)), "the first reading is news");
+        let mut drains = rated(11.0);
+        drains.state = WorkerState::Draining;
+        assert!(!rated(10.0).is_near(&drains));
+        let empty = WorkerRecord { models: Vec::new(), ..rated(10.0) };
+        assert!(!rated(10.0).is_near(&empty) && !empty.is_near(&rated(10.0)));
+    }
+
+    #[test]
     fn unusable_records_are_refused() {
         let stored = String::from_utf8(record().encode()).unwrap();
         let decode = |id: &str, stored: String| WorkerRecord::decode(id, stored.as_bytes());
         let newer = stored.replace("\"version\":1", "\"version\":2");
+        assert_eq!(WorkerRecord::epoch_of(newer.as_bytes()), Some(7), "of whatever version");
         assert!(matches!(decode("w-1", newer), Err(RecordError::Version(2))));
         assert!(matches!(decode("w-2", stored.clone()), Err(RecordError::Misplaced(_))));
         for malformed in [

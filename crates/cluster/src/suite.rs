@@ -2,6 +2,7 @@
 
 use std::{future::Future, sync::Arc, time::Duration};
 
+use futures::{FutureExt as _, future::join_all};
 use tokio::{sync::watch, time};
 
 use crate::{
@@ -20,6 +21,10 @@ macro_rules! every_behaviour {
             late_readers_see_everybody
             a_change_keeps_name_and_epoch
             a_later_incarnation_takes_over
+            a_worker_that_left_comes_back
+            a_reader_that_looked_away_sees_what_is
+            an_update_given_up_is_stored_all_the_same
+            everybody_can_come_at_once
         }
     };
 }
@@ -158,4 +163,62 @@ pub(crate) async fn a_later_incarnation_takes_over(registry: &dyn Registry) {
     assert_eq!(names(&view), ["a", "marker"], "the leave of the first took the second along");
     soon("leave", marker.leave()).await;
     soon("leave", second.leave()).await;
+}
+
+pub(crate) async fn a_worker_that_left_comes_back(registry: &dyn Registry) {
+    let mut views = registry.watch();
+    let mut revision = 0;
+    for epoch in [1, 1, 2, 1] {
+        let registration = soon("register", registry.register(record("a", epoch))).await.unwrap();
+        let there = |view: &View| view.workers.values().any(|worker| worker.epoch == epoch);
+        let view = view_where(&mut views, "the worker", there).await;
+        assert!(view.revision > revision, "{} after {revision}", view.revision);
+        soon("leave", registration.leave()).await;
+        let view = view_where(&mut views, "its leave", |view| view.workers.is_empty()).await;
+        revision = view.revision;
+    }
+}
+
+pub(crate) async fn a_reader_that_looked_away_sees_what_is(registry: &dyn Registry) {
+    let mut views = registry.watch();
+    let mut kept = soon("register", registry.register(record("kept", 1))).await.unwrap();
+    view_where(&mut views, "the worker", |view| names(view) == ["kept"]).await;
+    let before = views.borrow_and_update().clone();
+    let gone = soon("register", registry.register(record("gone", 1))).await.unwrap();
+    for _ in 0..20 {
+        soon("update", kept.update(|record| record.max_sequences += 1)).await.unwrap();
+    }
+    soon("leave", gone.leave()).await;
+    let last = record("kept", 1).max_sequences + 20;
+    let now = |view: &View| {
+        names(view) == ["kept"] && view.workers.values().all(|worker| worker.max_sequences == last)
+    };
+    let after = view_where(&mut views, "the last state", now).await;
+    assert!(after.revision >= before.revision + 22, "each of the changes has its revision");
+    assert_eq!(*before.workers.values().next().unwrap().as_ref(), record("kept", 1), "held");
+    soon("leave", kept.leave()).await;
+}
+
+pub(crate) async fn an_update_given_up_is_stored_all_the_same(registry: &dyn Registry) {
+    let mut views = registry.watch();
+    let mut registration = soon("register", registry.register(record("a", 1))).await.unwrap();
+    let ready = |record: &mut WorkerRecord| record.state = WorkerState::Ready;
+    // Looked at once and dropped.
+    drop(registration.update(ready).now_or_never());
+    view_where(&mut views, "the change", |view| {
+        view.workers.values().any(|worker| worker.state == WorkerState::Ready)
+    })
+    .await;
+    soon("leave", registration.leave()).await;
+}
+
+pub(crate) async fn everybody_can_come_at_once(registry: &dyn Registry) {
+    const WORKERS: usize = 20;
+    let mut views = registry.watch();
+    let all = (0..WORKERS).map(|number| registry.register(record(&format!("w-{number}"), 1)));
+    let all = soon("register", join_all(all)).await;
+    view_where(&mut views, "all", |view| view.workers.len() == WORKERS).await;
+    let leaving = all.into_iter().map(|registration| registration.unwrap().leave());
+    soon("leave", join_all(leaving)).await;
+    view_where(&mut views, "nobody", |view| view.workers.is_empty()).await;
 }

@@ -44,6 +44,71 @@ http://{{ include "tercet.fullname" . }}-etcd:2379
 {{- end -}}
 {{- end -}}
 
+{{/* How etcd is talked to: what the bundled one does not ask for must not be given. */}}
+{{- define "tercet.etcdArgs" -}}
+{{- $tls := .Values.etcd.tls -}}
+{{- if and .Values.etcd.bundled (or $tls.secret .Values.etcd.auth.secret) -}}
+{{- fail "etcd.tls.secret or etcd.auth.secret is set, but etcd.bundled is true: the bundled etcd has neither TLS nor users" -}}
+{{- end -}}
+{{- if and $tls.clientCertificate (not $tls.secret) -}}
+{{- fail "etcd.tls.clientCertificate is true, but etcd.tls.secret is empty: name the secret that has the certificate" -}}
+{{- end -}}
+{{- if $tls.secret }}
+- --etcd-ca=/etc/tercet/etcd-tls/ca.crt
+{{- if $tls.clientCertificate }}
+- --etcd-cert=/etc/tercet/etcd-tls/tls.crt
+- --etcd-key=/etc/tercet/etcd-tls/tls.key
+{{- end }}
+{{- end }}
+{{- with $tls.serverName }}
+- --etcd-server-name={{ . }}
+{{- end }}
+{{- if .Values.etcd.auth.secret }}
+- --etcd-password-file=/etc/tercet/etcd-auth/password
+{{- end }}
+{{- end -}}
+
+{{- define "tercet.etcdEnv" -}}
+{{- with .Values.etcd.auth.secret }}
+- name: TERCET_ETCD_USER
+  valueFrom:
+    secretKeyRef:
+      name: {{ . }}
+      key: username
+{{- end }}
+{{- end -}}
+
+{{- define "tercet.etcdMounts" -}}
+{{- if .Values.etcd.tls.secret }}
+- name: etcd-tls
+  mountPath: /etc/tercet/etcd-tls
+  readOnly: true
+{{- end }}
+{{- if .Values.etcd.auth.secret }}
+- name: etcd-auth
+  mountPath: /etc/tercet/etcd-auth
+  readOnly: true
+{{- end }}
+{{- end -}}
+
+{{- define "tercet.etcdVolumes" -}}
+{{- with .Values.etcd.tls.secret }}
+- name: etcd-tls
+  secret:
+    secretName: {{ . }}
+    defaultMode: 0440
+{{- end }}
+{{- with .Values.etcd.auth.secret }}
+- name: etcd-auth
+  secret:
+    secretName: {{ . }}
+    defaultMode: 0440
+    items:
+      - key: password
+        path: password
+{{- end }}
+{{- end -}}
+
 {{/* What is equal in the spec of every pod; takes a dict of root, component and settings. */}}
 {{- define "tercet.podSpec" -}}
 serviceAccountName: {{ include "tercet.serviceAccountName" .root }}

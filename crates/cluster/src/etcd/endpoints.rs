@@ -1,14 +1,13 @@
 //! Calls to whichever etcd member answers.
 
 use std::{
-    collections::hash_map::RandomState,
     error::Error,
     fmt::Write as _,
     future::Future,
-    hash::{BuildHasher as _, Hasher as _},
+    hash::{BuildHasher as _, DefaultHasher, Hasher as _, RandomState},
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -23,7 +22,7 @@ use tracing::info;
 
 use super::{
     EtcdOptions,
-    access::{EtcdTls, Pems},
+    access::{EtcdCredentials, EtcdTls, Pems},
     session::{Connection, Session, is_refusal},
 };
 use crate::ClusterError;
@@ -112,6 +111,8 @@ pub(super) struct Endpoints {
     preferred: AtomicUsize,
     plan: Option<Mutex<Plan>>,
     user: Option<String>,
+    /// What pauses are drawn from.
+    dice: AtomicU64,
     /// Whether each [`Right`] was granted before.
     granted: [AtomicBool; 2],
     /// Why etcd refuses this process, while it never did otherwise.
@@ -135,18 +136,37 @@ impl Endpoints {
     pub(super) fn new(plan: Plan, options: &EtcdOptions) -> Result<Self, ClusterError> {
         let channels = plan.channels(&plan.pems)?;
         let credentials = options.credentials.clone().map(Arc::new);
+        let user = plan.user.clone();
+        // Seeded at random; nothing here needs more than that.
+        let dice = RandomState::new().build_hasher().finish();
+        let endpoints = Self::over(channels, credentials, dice);
+        Ok(Self { user, plan: Some(Mutex::new(plan)), ..endpoints })
+    }
+
+    /// Returns members at the ends of these channels.
+    pub(super) fn over(
+        channels: Vec<Channel>,
+        credentials: Option<Arc<EtcdCredentials>>,
+        dice: u64,
+    ) -> Self {
         let members = channels.into_iter().map(|channel| Member {
             channel: Mutex::new(channel),
             session: Session::new(credentials.clone()),
         });
-        Ok(Self {
+        Self {
             members: members.collect(),
             preferred: AtomicUsize::new(0),
-            user: plan.user.clone(),
-            plan: Some(Mutex::new(plan)),
+            plan: None,
+            user: None,
+            dice: AtomicU64::new(dice),
             granted: Default::default(),
             refused: watch::Sender::new(None),
-        })
+        }
+    }
+
+    /// Returns pauses of their own for one who tries again and again.
+    pub(super) fn backoff(&self) -> Backoff {
+        Backoff::new(self.dice.fetch_add(1, Ordering::Relaxed))
     }
 
     /// Calls the member that answered last, then the others in turn, until one gives an answer
@@ -306,14 +326,16 @@ pub(super) fn with_leader<T>(message: T) -> Request<T> {
 /// Growing pauses between attempts.
 pub(super) struct Backoff {
     next: Duration,
+    seed: u64,
+    drawn: u64,
 }
 
 impl Backoff {
     const FIRST: Duration = Duration::from_millis(100);
     const LONGEST: Duration = Duration::from_secs(2);
 
-    pub(super) fn new() -> Self {
-        Self { next: Self::FIRST }
+    fn new(seed: u64) -> Self {
+        Self { next: Self::FIRST, seed, drawn: 0 }
     }
 
     pub(super) fn reset(&mut self) {
@@ -325,8 +347,11 @@ impl Backoff {
     pub(super) fn pause(&mut self) -> Duration {
         let pause = self.next;
         self.next = (pause * 2).min(Self::LONGEST);
-        // `RandomState` is seeded at random; nothing here needs more than that.
-        let permille = RandomState::new().build_hasher().finish() % 500;
+        self.drawn += 1;
+        let mut hasher = DefaultHasher::new();
+        hasher.write_u64(self.seed);
+        hasher.write_u64(self.drawn);
+        let permille = hasher.finish() % 500;
         pause - pause.mul_f64(permille as f64 / 1000.0)
     }
 }
@@ -365,7 +390,7 @@ mod tests {
 
     #[test]
     fn pauses_grow_to_a_limit_and_start_over() {
-        let mut backoff = Backoff::new();
+        let mut backoff = Backoff::new(7);
         for step in 0..12 {
             let full = (Backoff::FIRST * 2_u32.pow(step)).min(Backoff::LONGEST);
             let pause = backoff.pause();

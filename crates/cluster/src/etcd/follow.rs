@@ -95,7 +95,7 @@ impl Follower {
 
     /// Follows for ever.
     pub(super) async fn run(mut self) {
-        let mut backoff = Backoff::new();
+        let mut backoff = self.endpoints.backoff();
         loop {
             let broken = match self.list().await {
                 Ok(listed) => {
@@ -225,11 +225,12 @@ impl Follower {
             let patience = if asked { CALL_TIMEOUT } else { SILENCE };
             let expiry = self.missing.as_ref().map(|missing| missing.until);
             let response = tokio::select! {
-                response = time::timeout(patience, responses.message()) => response,
+                biased;
                 () = time::sleep_until(expiry.unwrap_or_else(Instant::now)), if expiry.is_some() => {
                     self.forget_missing();
                     continue;
                 }
+                response = time::timeout(patience, responses.message()) => response,
             };
             match response {
                 Ok(Ok(Some(response))) => {

@@ -7,7 +7,7 @@
 //!                     +--> left (revoked) | superseded by a later incarnation
 //! ```
 
-use std::{sync::Arc, time::Duration};
+use std::{future, sync::Arc, time::Duration};
 
 use futures::{FutureExt as _, future::BoxFuture, stream};
 use tokio::{
@@ -18,7 +18,7 @@ use tonic::{Code, Status};
 use tracing::{debug, info, warn};
 
 use super::{
-    endpoints::{Backoff, Endpoints, Right, told, with_leader},
+    endpoints::{Endpoints, Right, told, with_leader},
     stubs::{
         Compare, LeaseGrantRequest, LeaseKeepAliveRequest, LeaseRevokeRequest, PutRequest,
         RangeRequest, RequestOp, TxnRequest,
@@ -28,7 +28,7 @@ use super::{
         request_op,
     },
 };
-use crate::{ClusterError, WorkerRecord, registration::Keeper};
+use crate::{ClusterError, View, WorkerRecord, registration::Keeper};
 
 /// Shortest pause between two attempts to renew a lease about to end.
 const RENEWAL_PAUSE: Duration = Duration::from_millis(100);
@@ -134,13 +134,22 @@ enum End {
 
 impl Tenant {
     /// Keeps the record stored until the registration is over.
-    pub(super) async fn keep(mut self, endpoints: Arc<Endpoints>, ttl: Duration) {
+    ///
+    /// `view` tells what others see: a record that is gone from the store though its lease is not,
+    /// or that another has taken the place of, shows there.
+    pub(super) async fn keep(
+        mut self,
+        endpoints: Arc<Endpoints>,
+        ttl: Duration,
+        mut view: watch::Receiver<Arc<View>>,
+    ) {
         // ## no lease => (leased | left)
         while let Some(lease) = self.acquire(&endpoints, ttl).await {
             let (id, key) = (lease.id, self.key.clone());
             let end = tokio::select! {
+                biased;
                 end = renew(&endpoints, &key, lease) => end,
-                end = self.store(&endpoints, id) => end,
+                end = self.store(&endpoints, id, &mut view) => end,
             };
             match end {
                 // ## leased => no lease
@@ -163,9 +172,10 @@ impl Tenant {
 
     /// Grants a lease, however long that takes; `None` when the registration is over before.
     async fn acquire(&mut self, endpoints: &Endpoints, ttl: Duration) -> Option<Lease> {
-        let mut backoff = Backoff::new();
+        let mut backoff = endpoints.backoff();
         loop {
             let granted = tokio::select! {
+                biased;
                 () = over(&mut self.desired) => return None,
                 granted = grant(endpoints, ttl) => granted,
             };
@@ -176,6 +186,7 @@ impl Tenant {
                 }
             }
             tokio::select! {
+                biased;
                 () = over(&mut self.desired) => return None,
                 () = time::sleep(backoff.pause()) => {}
             }
@@ -183,8 +194,15 @@ impl Tenant {
     }
 
     /// Stores each version of the record under the lease.
-    async fn store(&mut self, endpoints: &Endpoints, lease: i64) -> End {
-        let mut backoff = Backoff::new();
+    async fn store(
+        &mut self,
+        endpoints: &Endpoints,
+        lease: i64,
+        view: &mut watch::Receiver<Arc<View>>,
+    ) -> End {
+        let mut backoff = endpoints.backoff();
+        // Two that hold each other for the intruder must not write all the time.
+        let mut displaced = endpoints.backoff();
         loop {
             let Desired { record, version, leaving } = self.desired.borrow_and_update().clone();
             if leaving {
@@ -193,12 +211,19 @@ impl Tenant {
             let stored = put(endpoints, &self.key, &record, lease).await;
             endpoints.judge(Right::Write, stored.as_ref());
             match stored {
-                Ok(Put::Stored) => {
+                Ok(Put::Stored(revision)) => {
                     info!(key = %self.key, state = ?record.state, lease, "stored in the registry");
                     self.progress.send_replace(Progress::Stored(version));
                     backoff.reset();
-                    if self.desired.changed().await.is_err() {
-                        return End::Over;
+                    tokio::select! {
+                        biased;
+                        changed = self.desired.changed() => if changed.is_err() {
+                            return End::Over;
+                        },
+                        () = lost(view, &record, revision) => {
+                            warn!(key = %self.key, lease, "the record is not in the store any more");
+                            time::sleep(displaced.pause()).await;
+                        }
                     }
                 }
                 Ok(Put::Raced) => {}
@@ -215,6 +240,7 @@ impl Tenant {
                 Err(status) => {
                     warn!(key = %self.key, reason = told(&status), "could not store in the registry");
                     tokio::select! {
+                        biased;
                         changed = self.desired.changed() => if changed.is_err() {
                             return End::Over;
                         },
@@ -223,6 +249,18 @@ impl Tenant {
                 }
             }
         }
+    }
+}
+
+/// Returns when others do not see a record that was stored at a revision.
+async fn lost(view: &mut watch::Receiver<Arc<View>>, record: &WorkerRecord, revision: u64) {
+    let is_lost = |view: &Arc<View>| {
+        let seen = view.workers.get(&record.id);
+        view.current && view.revision >= revision && seen.is_none_or(|seen| **seen != *record)
+    };
+    if view.wait_for(is_lost).await.is_err() {
+        // Nobody looks any more: the registry is gone, its registrations are not.
+        future::pending::<()>().await;
     }
 }
 
@@ -309,7 +347,8 @@ async fn revoke(endpoints: &Endpoints, id: i64) -> Result<(), Status> {
 }
 
 enum Put {
-    Stored,
+    /// At that revision.
+    Stored(u64),
     /// The key changed between reading and writing it.
     Raced,
     /// A later incarnation, of that epoch, holds the key.
@@ -332,10 +371,10 @@ async fn put(
         .await?
         .into_inner();
     let stored = read.kvs.first();
-    // A record that cannot be read is not worth keeping.
-    let present = stored.and_then(|kv| WorkerRecord::decode(record.id.as_str(), &kv.value).ok());
-    if let Some(present) = present.filter(|present| present.epoch > record.epoch) {
-        return Ok(Put::Superseded(present.epoch));
+    // What tells no epoch is no record, and not worth keeping.
+    let present = stored.and_then(|kv| WorkerRecord::epoch_of(&kv.value));
+    if let Some(theirs) = present.filter(|theirs| *theirs > record.epoch) {
+        return Ok(Put::Superseded(theirs));
     }
     let write = PutRequest { key: key.into(), value: record.encode(), lease };
     let transaction = TxnRequest {
@@ -355,5 +394,7 @@ async fn put(
         })
         .await?
         .into_inner();
-    Ok(if written.succeeded { Put::Stored } else { Put::Raced })
+    let revision = written.header.map_or(0, |header| header.revision);
+    let revision = u64::try_from(revision).unwrap_or_default();
+    Ok(if written.succeeded { Put::Stored(revision) } else { Put::Raced })
 }

@@ -1,8 +1,10 @@
 //! The registry on a real etcd, and what etcd can do to it.
 
 mod cluster;
+mod fake;
 mod secured;
 mod server;
+mod simulation;
 
 use std::{
     io,
@@ -260,7 +262,7 @@ async fn compacted_revisions_are_listed_again() {
         KvClient::new(channel).compact(request).await
     });
     compact.await.unwrap();
-    let mut backoff = super::endpoints::Backoff::new();
+    let mut backoff = endpoints.backoff();
     let broken = soon("the watch", follower.watch(from, &mut backoff)).await;
     assert!(matches!(broken, Broken::Compacted(oldest) if oldest == last), "{broken:?}");
 

@@ -33,6 +33,12 @@ impl Rate {
         self.thousandths == 0
     }
 
+    /// Returns whether two rates differ by less than a quarter of the greater.
+    pub fn is_near(self, other: Self) -> bool {
+        let (low, high) = (self.min(other), self.max(other));
+        low == high || (high.thousandths - low.thousandths) * 4 < high.thousandths
+    }
+
     /// Returns the tokens per second; 0 while nothing is measured.
     pub fn tokens_per_second(self) -> f64 {
         self.into()
@@ -89,6 +95,20 @@ mod tests {
             assert_eq!(rate.is_unknown(), rounded == 0.0, "{reading}");
         }
         assert_eq!(Rate::measured(f64::MAX).tokens_per_second(), 1e9);
+    }
+
+    #[test]
+    fn rates_are_near_within_a_quarter() {
+        for (a, b, near) in [
+            (0.0, 0.0, true),
+            (0.0, 1.0, false),
+            (76.0, 100.0, true),
+            (75.0, 100.0, false),
+            (0.012, 0.015, true),
+        ] {
+            let (a, b) = (Rate::measured(a), Rate::measured(b));
+            assert_eq!((a.is_near(b), b.is_near(a)), (near, near), "{a:?} {b:?}");
+        }
     }
 
     #[test]

@@ -397,7 +397,7 @@ impl Hosted {
             Phase::Draining => (ModelState::Draining, ""),
             Phase::Failed(_) => (ModelState::Failed, ""),
         };
-        let facts = &self.facts;
+        let (facts, speed) = (&self.facts, self.meter.speed());
         let mut header_digest = String::with_capacity(2 * facts.header_digest.len());
         for byte in facts.header_digest {
             write!(header_digest, "{byte:02x}").expect("writing to a string cannot fail");
@@ -413,8 +413,8 @@ impl Hosted {
             state,
             generation: self.generation,
             kv_tokens: self.kv_tokens(),
-            decode_rate: Rate::default(),
-            prefill_rate: Rate::default(),
+            decode_rate: Rate::measured(speed.decode()),
+            prefill_rate: Rate::measured(speed.prefill()),
         }
     }
 

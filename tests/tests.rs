@@ -19,4 +19,5 @@ mod soak;
 mod stall;
 mod synthetic;
 mod trace;
+mod versions;
 mod wire;

@@ -1,15 +1,64 @@
 //! The wire contract in `proto/`, by the real buf.
 
-use std::process::Command;
+use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
-use tercet_tests::{run, tool, workspace};
+use tercet_tests::{Scratch, run, tool, workspace};
 
 #[test]
 fn protos_lint() -> Result<()> {
     let Some(buf) = tool("buf") else { return Ok(()) };
     run(Command::new(buf).arg("lint").current_dir(workspace().join("proto")))?;
+    Ok(())
+}
+
+/// Returns what buf finds against the first wire contract, of which programs in the field are: the
+/// image `fixtures/wire/first.binpb`, which stays as it is.
+fn breaking(buf: &Path, protos: &Path) -> Result<()> {
+    let first = workspace().join("tests/fixtures/wire/first.binpb");
+    let mut check = Command::new(buf);
+    check.args(["breaking", "--path", "tercet", "--against"]).arg(first);
+    run(check.current_dir(protos))?;
+    Ok(())
+}
+
+#[test]
+fn nothing_of_the_first_contract_is_broken() -> Result<()> {
+    let Some(buf) = tool("buf") else { return Ok(()) };
+    breaking(&buf, &workspace().join("proto"))
+}
+
+#[test]
+fn what_breaks_older_releases_is_found() -> Result<()> {
+    let Some(buf) = tool("buf") else { return Ok(()) };
+    let scratch = Scratch::new("wire")?;
+    let below = scratch.path().join("tercet/v1");
+    fs::create_dir_all(&below)?;
+    let protos = workspace().join("proto");
+    fs::copy(protos.join("buf.yaml"), scratch.path().join("buf.yaml"))?;
+    let files: Vec<_> = fs::read_dir(protos.join("tercet/v1"))?.collect::<Result<_, _>>()?;
+    for (file, from, to, finding) in [
+        ("inference.proto", "uint64 seed = 1;", "uint64 seed = 9;", "with name \"seed\""),
+        ("inference.proto", "uint32 index = 1;", "uint64 index = 1;", "changed type"),
+        (
+            "inference.proto",
+            "FINISH_REASON_EOS = 1",
+            "FINISH_REASON_EOS = 9",
+            "on enum \"FinishReason\"",
+        ),
+        ("worker.proto", "  rpc Describe(", "  rpc Tell(", "RPC \"Describe\""),
+    ] {
+        for entry in &files {
+            fs::copy(entry.path(), below.join(entry.file_name()))?;
+        }
+        breaking(&buf, scratch.path()).context("an unchanged copy")?;
+        let text = fs::read_to_string(below.join(file))?;
+        ensure!(text.contains(from), "{file} has no {from:?}");
+        fs::write(below.join(file), text.replacen(from, to, 1))?;
+        let found = breaking(&buf, scratch.path()).map_err(|error| error.to_string());
+        ensure!(found.as_ref().is_err_and(|found| found.contains(finding)), "{from:?}: {found:?}");
+    }
     Ok(())
 }
 

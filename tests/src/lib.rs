@@ -10,6 +10,7 @@
 //!   ways to ask.
 //! - [`synthetic`] is a worker without a model, [`Network`] and [`Host`] are machines of their own,
 //!   [`relay`] is a bad network.
+//! - [`Lab`] is a gateway with synthetic workers.
 //! - [`Dice`] makes choices that can be made again; [`Sample`] and [`measured`] are for figures.
 //! - [`run`] runs a command to its end; [`Scratch`] is a directory for one test.
 //!
@@ -20,6 +21,7 @@ mod client;
 mod dice;
 mod etcd;
 mod http;
+mod lab;
 mod measure;
 mod network;
 mod process;
@@ -36,6 +38,7 @@ pub use self::{
     dice::{Dice, number_of, seed_of},
     etcd::{Etcd, EtcdTrio},
     http::{http_get, http_post, metric},
+    lab::Lab,
     measure::{Sample, resident_bytes},
     network::{Host, Network},
     process::{PATIENCE, Process, helper, run},

@@ -135,10 +135,8 @@ impl Generation {
     /// Waits for the time of the next token.
     async fn token_is_due(&mut self) {
         if self.clock.is_none() {
-            if let Some(aboard) = &mut self.aboard {
-                aboard.slot().await;
-            }
-            let slot = Instant::now();
+            let Some(aboard) = &mut self.aboard else { return };
+            let slot = aboard.slot().await;
             self.clock = Some(Clock { slot, last: slot, first_token: None });
         }
         let Some(clock) = &mut self.clock else { return };
@@ -190,7 +188,9 @@ impl Generation {
         let timings = self.shared.options.has(Omission::Timings).then(|| self.timings());
         let finished = v1::Finished { reason: reason.into(), usage: Some(usage), matched, timings };
         self.outbox.push_back(message(Event::Finished(finished)));
-        self.aboard = None;
+        if let (Some(mut aboard), Some(clock)) = (self.aboard.take(), &self.clock) {
+            aboard.plan(clock.last);
+        }
     }
 
     fn timings(&self) -> v1::Timings {

@@ -1,12 +1,18 @@
 //! What goes on at a synthetic worker.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU32, AtomicU64, Ordering},
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
 };
 
 use tercet_proto::Reason;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    time::Instant,
+};
 use tonic::Status;
 
 use super::Options;
@@ -18,6 +24,8 @@ const RETRY_AFTER: std::time::Duration = std::time::Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct Load {
     slots: Arc<Semaphore>,
+    /// Since when slots are free, by the schedules of those who had them.
+    free: Mutex<VecDeque<Instant>>,
     queue: u32,
     waiting: AtomicU32,
     running: AtomicU32,
@@ -31,7 +39,10 @@ pub(super) struct Load {
 #[derive(Debug)]
 pub(super) struct Aboard {
     load: Arc<Load>,
+    boarded: Instant,
     slot: Option<OwnedSemaphorePermit>,
+    /// When its slot is free again, by its schedule; `None` if it has not ended by itself.
+    until: Option<Instant>,
     tokens: u64,
 }
 
@@ -49,6 +60,7 @@ impl Load {
         let slots = usize::try_from(options.slots).unwrap_or(Semaphore::MAX_PERMITS);
         Arc::new(Self {
             slots: Arc::new(Semaphore::new(slots)),
+            free: Mutex::default(),
             queue: options.queue,
             waiting: AtomicU32::new(0),
             running: AtomicU32::new(0),
@@ -76,7 +88,8 @@ impl Load {
         let tokens = u64::from(tokens);
         self.outstanding.fetch_add(tokens, Ordering::Relaxed);
         self.aboard.send_modify(|aboard| *aboard += 1);
-        Ok(Aboard { load: Arc::clone(self), slot, tokens })
+        let boarded = Instant::now();
+        Ok(Aboard { load: Arc::clone(self), boarded, slot, until: None, tokens })
     }
 
     pub(super) fn counts(&self) -> Counts {
@@ -90,14 +103,25 @@ impl Load {
 }
 
 impl Aboard {
-    /// Waits for a slot.
-    pub(super) async fn slot(&mut self) {
+    /// Waits for a slot, and returns since when it was there for the taking.
+    ///
+    /// That may be a moment ago: what this machine takes to wake a stream up is not the time of the
+    /// machine that is made believe, and in long queues it would add up.
+    pub(super) async fn slot(&mut self) -> Instant {
         if self.slot.is_none() {
             let slots = Arc::clone(&self.load.slots);
             self.slot = Some(slots.acquire_owned().await.expect("nobody closes the slots"));
             self.load.waiting.fetch_sub(1, Ordering::Relaxed);
             self.load.running.fetch_add(1, Ordering::Relaxed);
         }
+        let free = self.load.free.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        // A slot that nobody has had yet.
+        free.map_or(self.boarded, |free| free.max(self.boarded))
+    }
+
+    /// Frees the slot at that time, when it is dropped.
+    pub(super) fn plan(&mut self, until: Instant) {
+        self.until = Some(until);
     }
 
     /// Counts a token.
@@ -112,6 +136,10 @@ impl Aboard {
 impl Drop for Aboard {
     fn drop(&mut self) {
         let count = if self.slot.is_some() { &self.load.running } else { &self.load.waiting };
+        if self.slot.is_some() {
+            let mut free = self.load.free.lock().unwrap_or_else(PoisonError::into_inner);
+            free.push_back(self.until.unwrap_or_else(Instant::now));
+        }
         count.fetch_sub(1, Ordering::Relaxed);
         self.load.outstanding.fetch_sub(self.tokens, Ordering::Relaxed);
         self.load.aboard.send_modify(|aboard| *aboard -= 1);

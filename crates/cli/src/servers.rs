@@ -91,6 +91,7 @@ async fn serve_until_stopped(args: &ServeArgs) -> Result<()> {
 
 async fn work_until_stopped(args: &WorkerArgs) -> Result<()> {
     let registry = Arc::new(etcd(&args.cluster)?);
+    let refused = registry.refused();
     let metrics = Metrics::new();
     let listener = bind(&args.listen, "listen").await?;
     let address = match &args.advertise {
@@ -119,7 +120,12 @@ async fn work_until_stopped(args: &WorkerArgs) -> Result<()> {
     announce(&listener)?;
     until_stopped(admin, |stop| async move {
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-        Ok(worker.serve(incoming, stop.cancelled_owned()).boxed().await?)
+        tokio::select! {
+            biased;
+            // Nothing was served before etcd lets the worker in: nothing is to be drained.
+            refused = refused => Err(misconfigured(refused)),
+            served = worker.serve(incoming, stop.cancelled_owned()).boxed() => Ok(served?),
+        }
     })
     .await
 }
@@ -129,7 +135,6 @@ async fn route_until_stopped(args: &GatewayArgs) -> Result<()> {
     let metrics = Metrics::new();
     let config = gateway_config(&args.limits, &args.server);
     let dialer = Arc::new(TcpDialer::default());
-    // Workers are told when they register.
     let refused = registry.refused();
     let gateway = Gateway::build(config, &registry, dialer, metrics.clone());
 

@@ -305,6 +305,15 @@ pub(crate) struct GatewayLimits {
     #[arg(long, env = "TERCET_WORKER_WAIT", value_name = "TIME", value_parser = duration)]
     #[arg(default_value = "10s")]
     pub(crate) worker_wait: Duration,
+    /// How long a worker may say nothing before its streams go on elsewhere and new ones avoid it
+    #[arg(long, env = "TERCET_SUSPECT_AFTER", value_name = "TIME", value_parser = duration)]
+    #[arg(default_value = "1s")]
+    pub(crate) suspect_after: Duration,
+    /// How long a stream may bring nothing while its worker computes nothing, before it goes on
+    /// elsewhere
+    #[arg(long, env = "TERCET_PROGRESS_TIMEOUT", value_name = "TIME", value_parser = duration)]
+    #[arg(default_value = "10s")]
+    pub(crate) progress_timeout: Duration,
     /// At shutdown, how long connections are still accepted and requests refused, so that load
     /// balancers notice first
     #[arg(long, env = "TERCET_DRAIN_DELAY", value_name = "TIME", value_parser = duration)]

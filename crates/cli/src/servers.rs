@@ -196,6 +196,8 @@ fn gateway_config(limits: &GatewayLimits, server: &ServerArgs) -> tercet_gateway
     tercet_gateway::Config {
         max_streams: limits.max_streams,
         worker_wait: limits.worker_wait,
+        suspect_after: limits.suspect_after,
+        progress_timeout: limits.progress_timeout,
         drain_delay: limits.drain_delay,
         drain_timeout: server.drain_timeout,
         ..tercet_gateway::Config::default()

@@ -65,8 +65,10 @@ impl Default for TcpDialer {
     fn default() -> Self {
         Self {
             connect_timeout: Duration::from_secs(2),
-            keepalive_interval: Duration::from_secs(5),
-            keepalive_timeout: Duration::from_secs(10),
+            // A worker's reports tell sooner that it hangs; this is for those that send none, and
+            // to have a new connection soon after a partition, whatever TCP still waits for.
+            keepalive_interval: Duration::from_secs(2),
+            keepalive_timeout: Duration::from_secs(3),
         }
     }
 }

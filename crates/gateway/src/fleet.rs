@@ -10,8 +10,9 @@ use tercet_telemetry::{EjectionCause, Metrics};
 use tokio::sync::watch;
 use tokio::time::{self, Instant, MissedTickBehavior};
 
-use crate::{Candidate, Config, Dialer, Policy};
+use crate::{Config, Dialer, Policy};
 
+mod choice;
 mod health;
 mod lease;
 mod link;
@@ -20,6 +21,7 @@ mod pulse;
 mod report;
 mod vigil;
 
+use self::choice::Choice;
 use self::health::Ejection;
 pub use self::report::Reported;
 pub(crate) use self::{lease::Lease, link::Link, pulse::Answer};
@@ -88,15 +90,6 @@ struct Member {
     /// Of the model at the worker.
     generation: u64,
     max_sequences: usize,
-}
-
-/// The workers that can take a request now: at least one.
-#[derive(Debug)]
-struct Choice<'a> {
-    group: &'a Group,
-    members: Vec<&'a Member>,
-    /// The members as a policy sees them.
-    candidates: Vec<Candidate<'a>>,
 }
 
 /// Why a request cannot be routed.
@@ -395,43 +388,9 @@ impl Fleet {
         if lease.eject(only_model, self.ejection) {
             let cause = if only_model { EjectionCause::Failed } else { EjectionCause::Broken };
             self.metrics.worker_ejected(cause);
+            let worker = lease.link().worker().as_str();
+            tracing::info!(worker, cause = cause.as_str(), "ejection");
         }
-    }
-}
-
-impl<'a> Choice<'a> {
-    /// Returns the workers that can take a request now, or when one that is being left alone can
-    /// be tried again.
-    fn among(routes: &'a Routes, want: &Want, now: Instant) -> Result<Self, Option<Instant>> {
-        let group = routes.group(want).ok_or(None)?;
-        let mut retry_at: Option<Instant> = None;
-        let mut members = Vec::with_capacity(group.members.len());
-        let mut candidates = Vec::with_capacity(group.members.len());
-        for member in &group.members {
-            let link = &member.link;
-            let (streams, tokens) = link.load();
-            if link.answer().is_suspect()
-                || link.is_alone()
-                || (want.alone && streams > 0)
-                || link.is_draining(&want.model, member.generation)
-            {
-                continue;
-            }
-            if let Some(until) = link.ejected_until(&want.model, now) {
-                retry_at = Some(retry_at.map_or(until, |earliest| earliest.min(until)));
-                continue;
-            }
-            candidates.push(Candidate {
-                worker: link.worker(),
-                streams,
-                tokens,
-                max_sequences: member.max_sequences,
-                reported: link.reported(&want.model, now),
-                slow: link.is_slow(&want.model, now),
-            });
-            members.push(member);
-        }
-        if members.is_empty() { Err(retry_at) } else { Ok(Self { group, members, candidates }) }
     }
 }
 

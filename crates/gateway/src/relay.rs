@@ -11,28 +11,30 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures::Stream;
-use tercet_proto::{ASSUMED_TOKENS, GenerateSpec, Input, Reason, ResumeSpec, v1};
+use tercet_proto::{ASSUMED_TOKENS, GenerateSpec, Input, Reason, v1};
 use tercet_telemetry::{Component, MoveCause, Operation, RequestRecorder};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
-use tonic::{Code, Request, Status, Streaming};
-use tracing::{Instrument, Span};
+use tonic::{Code, Status};
+use tracing::Span;
 
-use crate::fleet::{Fleet, Lease, NoWorker, Want};
+use crate::fleet::{Fleet, Lease, Want};
 use crate::service::Shared;
 use crate::span;
 
+mod attempt;
 mod cursor;
 mod ordeal;
 mod trouble;
 
+use self::attempt::{Attempt, Break, Failure, Relocation};
 use self::cursor::{Cursor, Step};
 use self::ordeal::{Accident, Ordeal};
-use self::trouble::{Trouble, trouble};
+use self::trouble::Trouble;
 
 /// How long a worker without room is left alone when it does not say so itself.
 const DEFAULT_BACK_OFF: Duration = Duration::from_millis(200);
@@ -89,42 +91,6 @@ struct State {
     /// The span of the last attempt, for the next one to point at.
     previous: Option<Span>,
     _permit: OwnedSemaphorePermit,
-}
-
-/// A stream at one worker.
-struct Attempt {
-    stream: Streaming<v1::GenerateResponse>,
-    lease: Lease,
-    span: Span,
-    /// Messages that have come.
-    heard: Arc<AtomicU64>,
-    /// Resolves when the stream should leave the worker. One future for the whole attempt, as
-    /// `Relay::ending`.
-    trouble: Pin<Box<dyn Future<Output = Trouble> + Send + Sync>>,
-}
-
-/// Why there is no stream at a worker.
-enum Failure {
-    /// None could take it in time.
-    NoWorker,
-    /// One did not.
-    Refused { lease: Lease, span: Span, why: Break },
-}
-
-/// How a stream, or the attempt to open one, ended at a worker.
-enum Break {
-    /// The worker or the transport said so.
-    Status(Status),
-    /// The stream gave it up.
-    Trouble(Trouble),
-}
-
-/// What became of a stream whose worker does not answer.
-enum Relocation {
-    /// The worker spoke after all.
-    Heard(Result<Option<v1::GenerateResponse>, Status>),
-    /// The stream is at another worker, or the worker answers again.
-    Settled,
 }
 
 /// Returns the stream that the client sees.
@@ -289,117 +255,6 @@ impl State {
         }
     }
 
-    /// Waits for a worker and opens a stream there.
-    async fn attempt(&self, until: Instant) -> Result<Attempt, Failure> {
-        let acquired = self.shared.fleet.acquire(&self.want, until).await;
-        let lease = acquired.map_err(|NoWorker| Failure::NoWorker)?;
-        let spec = self.spec_to_send();
-        let span =
-            span::generation(&self.span, self.operation, &self.want.model, &spec, lease.link());
-        if let Some(previous) = &self.previous {
-            span.follows_from(previous);
-        }
-        let heard = Arc::new(AtomicU64::new(0));
-        let mut trouble = self.trouble(&lease, &heard);
-        let opened = tokio::select! {
-            biased;
-            opened = self.open(&lease, &span, spec) => opened.map_err(Break::Status),
-            trouble = &mut trouble => Err(Break::Trouble(trouble)),
-        };
-        match opened {
-            Ok(stream) => Ok(Attempt { stream, lease, span, heard, trouble }),
-            Err(why) => Err(Failure::Refused { lease, span, why }),
-        }
-    }
-
-    /// Returns what tells that a stream should leave its worker.
-    fn trouble(
-        &self,
-        lease: &Lease,
-        heard: &Arc<AtomicU64>,
-    ) -> Pin<Box<dyn Future<Output = Trouble> + Send + Sync>> {
-        let identity = Some(lease.identity().to_owned());
-        let want = Want { identity, ..self.want.clone() };
-        let (shared, link) = (Arc::clone(&self.shared), Arc::clone(lease.link()));
-        Box::pin(trouble(shared, link, want, Arc::clone(heard)))
-    }
-
-    fn enter(&mut self, attempt: Attempt) {
-        self.cursor.begin_attempt();
-        self.attempt = Some(attempt);
-    }
-
-    /// Opens a stream at another worker while the present one does not answer, and only then gives
-    /// that one up: where the others have no room, waiting for it is the best there is.
-    async fn relocate(&mut self) -> Result<Relocation, Status> {
-        let Some(mut attempt) = self.attempt.take() else { return Ok(Relocation::Settled) };
-        let mut given_up = false;
-        loop {
-            let elsewhere = async {
-                if given_up {
-                    return std::future::pending().await;
-                }
-                let wait = self.shared.config.worker_wait;
-                self.attempt(Instant::now() + wait).await
-            };
-            let outcome = tokio::select! {
-                biased;
-                message = attempt.stream.message() => Some(Relocation::Heard(message)),
-                () = trouble::answers_again(attempt.lease.link()) => Some(Relocation::Settled),
-                other = elsewhere => match other {
-                    Ok(other) => {
-                        let Attempt { lease, span, .. } = attempt;
-                        self.part(&lease, span, Break::Trouble(Trouble::Silent), true)?;
-                        self.enter(other);
-                        return Ok(Relocation::Settled);
-                    }
-                    Err(Failure::NoWorker) => None,
-                    Err(Failure::Refused { lease, span, why }) => {
-                        // What another has against the request is no reason to end it here.
-                        given_up = matches!(&why, Break::Status(status) if !is_movable(status));
-                        if !given_up {
-                            self.part(&lease, span, why, false)?;
-                        }
-                        None
-                    }
-                },
-            };
-            if let Some(outcome) = outcome {
-                attempt.trouble = self.trouble(&attempt.lease, &attempt.heard);
-                self.attempt = Some(attempt);
-                return Ok(outcome);
-            }
-        }
-    }
-
-    /// Returns the request as the next worker must see it.
-    fn spec_to_send(&self) -> GenerateSpec {
-        let mut spec = self.spec.clone();
-        let ids = self.cursor.ids();
-        if !ids.is_empty() {
-            let resume = ResumeSpec { seed: self.cursor.seed(), token_ids: ids.to_vec() };
-            spec.resume = Some(resume);
-        }
-        spec.alone_tokens = self.ordeal.alone_tokens(ids.len());
-        spec
-    }
-
-    async fn open(
-        &self,
-        lease: &Lease,
-        span: &Span,
-        spec: GenerateSpec,
-    ) -> Result<Streaming<v1::GenerateResponse>, Status> {
-        let mut request = Request::new(v1::GenerateRequest::from(spec));
-        tercet_telemetry::inject(span, request.metadata_mut());
-        if let Some(deadline) = self.deadline {
-            request.set_timeout(deadline.saturating_duration_since(Instant::now()));
-        }
-        let mut client = lease.link().client();
-        let response = client.generate(request).instrument(span.clone()).await?;
-        Ok(response.into_inner())
-    }
-
     /// Leaves the present worker. ## Relaying => (Seeking | Ended)
     fn leave(&mut self, why: Break) -> Result<(), Status> {
         match self.attempt.take() {
@@ -434,8 +289,11 @@ impl State {
         }
 
         blame(&self.shared.fleet, lease, cause, &status);
-        // A call that was under way may have been taken, whatever is known of it.
-        if cause == MoveCause::Broken || (aboard && cause == MoveCause::Failed) {
+        // A call that was under way may have been taken, and a silent worker may have crashed with
+        // its host, whatever is known of it now.
+        if matches!(cause, MoveCause::Broken | MoveCause::Silent)
+            || (aboard && cause == MoveCause::Failed)
+        {
             self.ordeal.broke(self.cursor.len());
             self.accidents.push(Accident::new(lease, cause == MoveCause::Failed));
         }

@@ -42,11 +42,12 @@ pub(super) async fn trouble(
     let silent = async {
         let mut answers = link.answers();
         loop {
-            // The senders are in the link.
-            drop(answers.wait_for(|answer| answer.is_suspect()).await);
+            // The senders are in the link. Streams of a connection that is lost break by themselves,
+            // and then say more.
+            drop(answers.wait_for(|answer| *answer == Answer::Silent).await);
             tokio::select! {
                 () = shared.fleet.room(&want) => return,
-                back = answers.wait_for(|answer| !answer.is_suspect()) => drop(back),
+                back = answers.wait_for(|answer| *answer != Answer::Silent) => drop(back),
             }
         }
     };

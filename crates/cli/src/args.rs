@@ -1,6 +1,7 @@
 //! The command line: every setting once, with its flag, its environment variable and its help.
 
 mod cluster;
+mod gateway;
 mod model;
 mod sampling;
 mod values;
@@ -18,6 +19,7 @@ use tercet_worker::{ModelSource, ModelSpec};
 use self::values::{byte_size, duration, layers, served_model, stretch};
 pub(crate) use self::{
     cluster::ClusterArgs,
+    gateway::GatewayLimits,
     model::{ModelAction, ModelCommand, PullArgs, WorkerAddress},
     sampling::SamplingArgs,
     values::{ByteSize, Layers, ServedModel},
@@ -292,33 +294,6 @@ impl EngineArgs {
             "settings of the engine"
         );
     }
-}
-
-/// What a gateway takes on.
-#[derive(Args, Debug)]
-pub(crate) struct GatewayLimits {
-    /// Most generations and scorings in progress; more are refused
-    #[arg(long, env = "TERCET_MAX_STREAMS", value_name = "N", default_value_t = 1024)]
-    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) max_streams: u32,
-    /// Longest wait for a worker that can take a request
-    #[arg(long, env = "TERCET_WORKER_WAIT", value_name = "TIME", value_parser = duration)]
-    #[arg(default_value = "10s")]
-    pub(crate) worker_wait: Duration,
-    /// How long a worker may say nothing before its streams go on elsewhere and new ones avoid it
-    #[arg(long, env = "TERCET_SUSPECT_AFTER", value_name = "TIME", value_parser = duration)]
-    #[arg(default_value = "1s")]
-    pub(crate) suspect_after: Duration,
-    /// How long a stream may bring nothing while its worker computes nothing, before it goes on
-    /// elsewhere
-    #[arg(long, env = "TERCET_PROGRESS_TIMEOUT", value_name = "TIME", value_parser = duration)]
-    #[arg(default_value = "10s")]
-    pub(crate) progress_timeout: Duration,
-    /// At shutdown, how long connections are still accepted and requests refused, so that load
-    /// balancers notice first
-    #[arg(long, env = "TERCET_DRAIN_DELAY", value_name = "TIME", value_parser = duration)]
-    #[arg(default_value = "0s")]
-    pub(crate) drain_delay: Duration,
 }
 
 /// What all servers have.

@@ -195,6 +195,9 @@ fn etcd(args: &ClusterArgs) -> Result<EtcdRegistry> {
 fn gateway_config(limits: &GatewayLimits, server: &ServerArgs) -> tercet_gateway::Config {
     tercet_gateway::Config {
         max_streams: limits.max_streams,
+        routing: limits.routing,
+        max_queue: limits.max_queue,
+        max_queue_wait: limits.max_queue_wait,
         worker_wait: limits.worker_wait,
         suspect_after: limits.suspect_after,
         progress_timeout: limits.progress_timeout,

@@ -1,14 +1,23 @@
 use std::time::Duration;
 
+use crate::Routing;
+
 /// How a gateway behaves. Plain data; every field has a default.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Most generations and scorings in progress; more are refused with RESOURCE_EXHAUSTED.
     pub max_streams: u32,
+    /// Most new requests that wait for a slot at a worker, per model; more are refused with
+    /// RESOURCE_EXHAUSTED.
+    pub max_queue: usize,
+    /// Longest wait for a slot while workers answer and have no room.
+    pub max_queue_wait: Duration,
+    /// How a worker is chosen for a request.
+    pub routing: Routing,
     /// Most times one stream goes on at another worker. Workers that cannot be reached or have no
     /// room do not count: they cost time, which `worker_wait` bounds.
     pub max_moves: u32,
-    /// Longest wait for a worker that can take a request, at its start and after each break.
+    /// Longest wait for a worker that answers and has the model, at its start and after each break.
     pub worker_wait: Duration,
     /// How long a worker is left alone after its first failure; doubles with each further one.
     pub ejection: Duration,
@@ -39,6 +48,9 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             max_streams: 1024,
+            max_queue: 256,
+            max_queue_wait: Duration::from_secs(30),
+            routing: Routing::default(),
             max_moves: 8,
             worker_wait: Duration::from_secs(10),
             ejection: Duration::from_millis(250),

@@ -1,7 +1,7 @@
 //! The workers as this gateway sees them: what the registry says, and how they behave.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tercet_cluster::{View, WorkerId, WorkerRecord, WorkerState};
@@ -10,21 +10,27 @@ use tercet_telemetry::{EjectionCause, Metrics};
 use tokio::sync::watch;
 use tokio::time::{self, Instant, MissedTickBehavior};
 
-use crate::{Config, Dialer, Policy};
+use crate::{Config, Dialer, Offer, Policy};
 
 mod choice;
 mod health;
 mod lease;
+mod lines;
 mod link;
 mod pace;
 mod pulse;
 mod report;
 mod vigil;
 
-use self::choice::Choice;
 use self::health::Ejection;
+use self::lines::Lines;
 pub use self::report::Reported;
-pub(crate) use self::{lease::Lease, link::Link, pulse::Answer};
+pub(crate) use self::{
+    choice::{NoPlace, Patience},
+    lease::Lease,
+    link::Link,
+    pulse::Answer,
+};
 
 /// How long a model whose last worker is gone stays known: asking for it is then answered with
 /// UNAVAILABLE, as for a restart, rather than with NOT_FOUND.
@@ -47,6 +53,7 @@ pub(crate) struct Fleet {
     stir: watch::Sender<u64>,
     /// Held while a worker is chosen and its load raised, so that the next choice sees it.
     choosing: Mutex<()>,
+    lines: Arc<Lines>,
 }
 
 /// Where requests can go, computed once per change of the view.
@@ -90,6 +97,8 @@ struct Member {
     /// Of the model at the worker.
     generation: u64,
     max_sequences: usize,
+    /// Tokens that the KV memory of the model holds; 0 if the worker does not say.
+    kv_tokens: u64,
 }
 
 /// Why a request cannot be routed.
@@ -106,10 +115,6 @@ pub(crate) enum RouteError {
     Nothing,
 }
 
-/// No worker could take a request in the time given.
-#[derive(Debug)]
-pub(crate) struct NoWorker;
-
 /// What a request needs of a worker.
 #[derive(Clone, Debug)]
 pub(crate) struct Want {
@@ -121,6 +126,14 @@ pub(crate) struct Want {
     pub(crate) tokens: u64,
     /// Whether no other request of this gateway may be there.
     pub(crate) alone: bool,
+    /// Whether it takes a slot there.
+    pub(crate) computes: bool,
+    /// Its number among all requests: who has a lower one goes first.
+    pub(crate) number: u64,
+    /// Whether it has had a worker already, and is not sent away for want of room.
+    pub(crate) admitted: bool,
+    /// What a worker is chosen by.
+    pub(crate) offer: Arc<Offer>,
 }
 
 impl Fleet {
@@ -130,7 +143,9 @@ impl Fleet {
         policy: Box<dyn Policy>,
         metrics: Metrics,
     ) -> Self {
+        let limits = lines::Limits { length: config.max_queue, wait: config.max_queue_wait };
         Self {
+            lines: Arc::new(Lines::new(limits, metrics.clone())),
             dialer,
             policy,
             metrics,
@@ -185,7 +200,9 @@ impl Fleet {
             for held in record.served_models() {
                 let Some(model) = models.get_mut(&held.name) else { continue };
                 let generation = held.generation;
-                let member = Member { link: Arc::clone(link), generation, max_sequences };
+                let kv_tokens = held.kv_tokens;
+                let link = Arc::clone(link);
+                let member = Member { link, generation, max_sequences, kv_tokens };
                 match model.groups.iter_mut().find(|group| group.info.identity == held.identity) {
                     Some(group) => group.members.push(member),
                     None => model.groups.push(Group {
@@ -285,7 +302,8 @@ impl Fleet {
         match self.dialer.dial(record) {
             Ok(channel) => {
                 let (after, stir) = (self.suspect_after, self.stir.clone());
-                Some(Link::connect(record, channel, after, stir, &self.metrics))
+                let lines = Arc::clone(&self.lines);
+                Some(Link::connect(record, channel, after, stir, lines, &self.metrics))
             }
             Err(error) => {
                 let error: &dyn std::error::Error = &error;
@@ -307,7 +325,35 @@ impl Fleet {
             let workers = model.groups.first().map_or(0, |group| group.members.len());
             self.metrics.set_workers(name, workers);
         }
+        self.lines.forget(|model| !after.models.contains_key(model));
         self.routes.send_replace(Arc::new(after));
+        self.lines.call();
+    }
+
+    /// Returns what a new request needs.
+    pub(crate) fn want(&self, model: String, tokens: u64) -> Want {
+        Want {
+            model,
+            identity: None,
+            tokens,
+            alone: false,
+            computes: true,
+            number: self.lines.number(),
+            admitted: false,
+            offer: Arc::default(),
+        }
+    }
+
+    /// Returns whether workers are chosen by the pages of prompts.
+    pub(crate) fn needs_pages(&self) -> bool {
+        self.policy.needs_pages()
+    }
+
+    /// Returns the identity of the model that requests for that name go to.
+    pub(crate) fn identity(&self, model: &str) -> Option<String> {
+        let routes = self.routes.borrow();
+        let group = routes.models.get(model)?.groups.first()?;
+        Some(group.info.identity.clone())
     }
 
     /// Returns a receiver that changes with the routes.
@@ -333,54 +379,6 @@ impl Fleet {
                 Ok(Err(_)) | Err(_) => return resolved,
             }
         }
-    }
-
-    /// Returns a place at a worker, waiting for one until `until`.
-    pub(crate) async fn acquire(&self, want: &Want, until: Instant) -> Result<Lease, NoWorker> {
-        time::timeout_at(until, self.when(want, |choice| self.take(choice, want)))
-            .await
-            .map_err(|_| NoWorker)
-    }
-
-    /// Returns when a worker could take a request.
-    pub(crate) async fn room(&self, want: &Want) {
-        self.when(want, |_| ()).await;
-    }
-
-    /// Returns what is made of the choice among the workers, once there is one.
-    async fn when<T>(&self, want: &Want, make: impl Fn(Choice<'_>) -> T) -> T {
-        let (mut routes, mut stirred) = (self.watch(), self.stir.subscribe());
-        loop {
-            stirred.mark_unchanged();
-            let latest = Arc::clone(&routes.borrow_and_update());
-            let retry_at = {
-                // So that the next choice sees what is made of this one.
-                let _choosing = self.choosing.lock().unwrap_or_else(PoisonError::into_inner);
-                match Choice::among(&latest, want, Instant::now()) {
-                    Ok(choice) => return make(choice),
-                    Err(retry_at) => retry_at,
-                }
-            };
-            let retry = async {
-                match retry_at {
-                    Some(at) => time::sleep_until(at).await,
-                    None => std::future::pending().await,
-                }
-            };
-            // Their senders are in `self`.
-            tokio::select! {
-                _ = routes.changed() => {}
-                _ = stirred.changed() => {}
-                () = retry => {}
-            }
-        }
-    }
-
-    fn take(&self, choice: Choice<'_>, want: &Want) -> Lease {
-        let Choice { group, members, candidates } = choice;
-        let chosen = self.policy.choose(&candidates).min(members.len() - 1);
-        let Member { link, generation, .. } = members[chosen];
-        Lease::new(Arc::clone(link), *generation, group.info.identity.clone(), want)
     }
 
     /// Leaves the worker of `lease`, or only the model there, alone for a while, since it failed.

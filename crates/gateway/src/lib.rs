@@ -18,6 +18,7 @@
 mod config;
 mod dialer;
 mod fleet;
+mod offer;
 mod policy;
 mod relay;
 mod server;
@@ -30,6 +31,10 @@ pub use self::{
     config::Config,
     dialer::{DialError, Dialer, LocalDialer, LocalIncoming, TcpDialer},
     fleet::Reported,
-    policy::{Candidate, LeastOutstanding, Policy},
+    offer::{Offer, SESSION_ID},
+    policy::{
+        Candidate, LeastOutstanding, Policy, PowerOfTwo, PrefixAffinity, RoundRobin, Routing,
+        SessionAffinity, UnknownRouting,
+    },
     server::{Gateway, Readiness, ServeError},
 };

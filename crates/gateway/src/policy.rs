@@ -1,14 +1,25 @@
 //! Which of the suitable workers gets a request.
 
-use std::fmt::Debug;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::fmt::{self, Debug};
+use std::str::FromStr;
 
 use tercet_cluster::WorkerId;
 
+use crate::Offer;
 use crate::fleet::Reported;
 
-/// A worker that could take a request, as the policy sees it. It answers, does not drain, and has
-/// not just failed.
+mod affinity;
+mod balance;
+pub(crate) mod hash;
+mod memory;
+
+pub use self::{
+    affinity::{PrefixAffinity, SessionAffinity},
+    balance::{LeastOutstanding, PowerOfTwo, RoundRobin},
+};
+
+/// A worker that could take a request, as the policy sees it. It answers, does not drain, has not
+/// just failed, and computes at most [`max_sequences`](Self::max_sequences) requests at once.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Candidate<'a> {
     /// Its name.
@@ -46,33 +57,87 @@ impl Candidate<'_> {
 pub trait Policy: Debug + Send + Sync {
     /// Returns the index of the chosen candidate; there is at least one.
     ///
-    /// Called under a lock, so that concurrent requests see each other's choices: it must be quick.
-    fn choose(&self, candidates: &[Candidate<'_>]) -> usize;
+    /// Only those come into question that there is no better kind of: workers with a free slot if
+    /// there are any, and of these the ones that are not slow. Called under a lock, so that
+    /// concurrent requests see each other's choices: it must be quick.
+    fn choose(&self, candidates: &[Candidate<'_>], offer: &Offer) -> usize;
+
+    /// Returns whether the choice depends on the pages of the prompt, which cost time to name.
+    fn needs_pages(&self) -> bool {
+        false
+    }
 }
 
-/// Chooses the worker with the fewest outstanding tokens, workers with a free slot first and slow
-/// ones last. Equal ones take turns.
-#[derive(Debug, Default)]
-pub struct LeastOutstanding {
-    turn: AtomicUsize,
+/// The policies that can be configured.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Routing {
+    /// [`RoundRobin`].
+    RoundRobin,
+    /// [`LeastOutstanding`].
+    #[default]
+    LeastOutstanding,
+    /// [`PowerOfTwo`].
+    PowerOfTwo,
+    /// [`PrefixAffinity`].
+    PrefixAffinity,
+    /// [`SessionAffinity`].
+    SessionAffinity,
 }
 
-impl Policy for LeastOutstanding {
-    fn choose(&self, candidates: &[Candidate<'_>]) -> usize {
-        let rank = |candidate: &Candidate<'_>| {
-            (candidate.is_full(), candidate.slow, candidate.all_tokens())
-        };
-        let least = candidates.iter().map(rank).min();
-        let equals = || {
-            candidates
-                .iter()
-                .enumerate()
-                .filter(|(_, candidate)| Some(rank(candidate)) == least)
-                .map(|(index, _)| index)
-        };
-        let ties = equals().count().max(1);
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed) % ties;
-        equals().nth(turn).unwrap_or(0)
+/// No policy has that name.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("{0:?} is no routing policy, expected one of: {names}", names = Routing::names())]
+pub struct UnknownRouting(String);
+
+impl Routing {
+    /// Every policy.
+    pub const ALL: [Self; 5] = [
+        Self::RoundRobin,
+        Self::LeastOutstanding,
+        Self::PowerOfTwo,
+        Self::PrefixAffinity,
+        Self::SessionAffinity,
+    ];
+
+    /// Returns the name in settings.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::RoundRobin => "round-robin",
+            Self::LeastOutstanding => "least-outstanding",
+            Self::PowerOfTwo => "power-of-two",
+            Self::PrefixAffinity => "prefix-affinity",
+            Self::SessionAffinity => "session-affinity",
+        }
+    }
+
+    /// Returns the policy; what it draws depends on `seed`.
+    pub fn policy(self, seed: u64) -> Box<dyn Policy> {
+        match self {
+            Self::RoundRobin => Box::new(RoundRobin::default()),
+            Self::LeastOutstanding => Box::new(LeastOutstanding::default()),
+            Self::PowerOfTwo => Box::new(PowerOfTwo::new(seed)),
+            Self::PrefixAffinity => Box::new(PrefixAffinity::default()),
+            Self::SessionAffinity => Box::new(SessionAffinity::default()),
+        }
+    }
+
+    fn names() -> String {
+        Self::ALL.map(Self::as_str).join(", ")
+    }
+}
+
+impl fmt::Display for Routing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for Routing {
+    type Err = UnknownRouting;
+
+    fn from_str(name: &str) -> Result<Self, UnknownRouting> {
+        let found = Self::ALL.into_iter().find(|routing| routing.as_str() == name);
+        found.ok_or_else(|| UnknownRouting(name.to_owned()))
     }
 }
 
@@ -84,56 +149,34 @@ mod tests {
 
     static WORKER: LazyLock<WorkerId> = LazyLock::new(|| "w".parse().unwrap());
 
-    fn candidate(streams: usize, tokens: u64) -> Candidate<'static> {
+    pub(super) fn candidate(streams: usize, tokens: u64) -> Candidate<'static> {
         let (reported, slow) = (None, false);
         Candidate { worker: &WORKER, streams, tokens, max_sequences: 4, reported, slow }
     }
 
-    fn with_others(streams: usize, tokens: u64) -> Candidate<'static> {
+    pub(super) fn with_others(streams: usize, tokens: u64) -> Candidate<'static> {
         let reported =
             Reported { other_streams: streams, other_tokens: tokens, ..Reported::default() };
         Candidate { reported: Some(reported), ..candidate(1, 10) }
     }
 
-    #[test]
-    fn fewest_tokens_win() {
-        let policy = LeastOutstanding::default();
-        let candidates = [candidate(1, 900), candidate(3, 30), candidate(2, 31)];
-        for _ in 0..4 {
-            assert_eq!(policy.choose(&candidates), 1);
-        }
-    }
-
-    #[test]
-    fn a_free_slot_wins_over_few_tokens() {
-        let policy = LeastOutstanding::default();
-        let candidates = [candidate(4, 10), candidate(3, 10_000)];
-        assert_eq!(policy.choose(&candidates), 1);
-        let full = [candidate(4, 11), candidate(9, 10)];
-        assert_eq!(policy.choose(&full), 1, "all are full: fewest tokens");
-    }
-
-    #[test]
-    fn equals_take_turns() {
-        let policy = LeastOutstanding::default();
-        let candidates = [candidate(0, 5), candidate(0, 0), candidate(0, 0), candidate(0, 0)];
-        let mut chosen: Vec<_> = (0..6).map(|_| policy.choose(&candidates)).collect();
-        chosen.sort_unstable();
-        assert_eq!(chosen, [1, 1, 2, 2, 3, 3]);
+    pub(super) fn names(count: usize) -> Vec<WorkerId> {
+        (0..count).map(|nth| format!("w{nth}").parse().unwrap()).collect()
     }
 
     #[test]
     fn what_others_have_there_counts() {
-        let policy = LeastOutstanding::default();
-        assert_eq!(policy.choose(&[with_others(1, 100), candidate(1, 90)]), 1);
-        assert_eq!(policy.choose(&[with_others(3, 0), candidate(1, 90)]), 1, "it is full");
+        assert!(with_others(3, 0).is_full() && !candidate(1, 90).is_full());
+        assert_eq!(with_others(3, 5).all_tokens(), 15);
     }
 
     #[test]
-    fn slow_ones_come_last_among_those_with_room() {
-        let policy = LeastOutstanding::default();
-        let slow = Candidate { slow: true, ..candidate(0, 0) };
-        assert_eq!(policy.choose(&[slow, candidate(3, 900)]), 1);
-        assert_eq!(policy.choose(&[slow, candidate(4, 900)]), 0, "slow is better than none");
+    fn every_policy_has_a_name() {
+        for routing in Routing::ALL {
+            assert_eq!(routing.to_string().parse(), Ok(routing));
+            assert_eq!(routing.policy(1).choose(&[candidate(1, 1)], &Offer::default()), 0);
+        }
+        let error = "fastest".parse::<Routing>().unwrap_err().to_string();
+        assert!(error.contains("\"fastest\"") && error.contains("power-of-two"), "{error}");
     }
 }

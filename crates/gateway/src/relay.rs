@@ -15,14 +15,14 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures::Stream;
-use tercet_proto::{ASSUMED_TOKENS, GenerateSpec, Input, Reason, v1};
+use tercet_proto::{GenerateSpec, Input, Reason, v1};
 use tercet_telemetry::{Component, MoveCause, Operation, RequestRecorder};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 use tonic::{Code, Status};
 use tracing::Span;
 
-use crate::fleet::{Fleet, Lease, Want};
+use crate::fleet::{Fleet, Lease, NoPlace, Patience, Want};
 use crate::service::Shared;
 use crate::span;
 
@@ -44,14 +44,12 @@ const DEFAULT_BACK_OFF: Duration = Duration::from_millis(200);
 pub(crate) struct Start {
     pub(crate) shared: Arc<Shared>,
     pub(crate) spec: GenerateSpec,
-    /// The model that the request means.
-    pub(crate) model: String,
+    /// What it needs of a worker.
+    pub(crate) want: Want,
     /// Key of the draws.
     pub(crate) seed: u64,
-    /// When the client stops waiting.
-    pub(crate) deadline: Option<Instant>,
-    /// Until when the first worker must be found.
-    pub(crate) seek_until: Instant,
+    /// How long it may wait for its first worker.
+    pub(crate) patience: Patience,
     /// The call's span.
     pub(crate) span: Span,
     /// The call's place among the streams of this gateway.
@@ -81,8 +79,8 @@ struct State {
     accidents: Vec<Accident>,
     ordeal: Ordeal,
     deadline: Option<Instant>,
-    /// Until when a worker must be found; `None` while one answers.
-    seek_until: Option<Instant>,
+    /// How long a worker may be waited for; `None` while one answers.
+    patience: Option<Patience>,
     /// What the last worker said that did not take the request.
     refusal: Option<Status>,
     /// `None` once the stream has ended.
@@ -106,32 +104,32 @@ pub(crate) fn relay(
 
 impl Relay {
     fn new(start: Start) -> Self {
-        let Start { shared, mut spec, model, seed, deadline, seek_until, span, permit } = start;
+        let Start { shared, mut spec, want, seed, patience, span, permit } = start;
+        let deadline = patience.deadline;
         let operation = match spec.input {
             Input::Prompt(_) | Input::Tokens(_) => Operation::TextCompletion,
             Input::Chat(_) => Operation::Chat,
         };
         span.record("gen_ai.operation.name", operation.as_str());
-        span.record("gen_ai.request.model", model.as_str());
-        spec.model = Some(model.clone());
+        span.record("gen_ai.request.model", want.model.as_str());
+        spec.model = Some(want.model.clone());
         spec.sampling.seed = Some(seed);
         let given = spec.resume.take().map(|resume| resume.token_ids).unwrap_or_default();
-        let tokens = spec.stop.max_tokens.map_or(ASSUMED_TOKENS, u64::from);
         let ending = Box::pin(ending(shared.stop.clone(), deadline));
-        let recorder = shared.metrics.request(Component::Gateway, operation, &model);
+        let recorder = shared.metrics.request(Component::Gateway, operation, &want.model);
         Self {
             state: State {
                 shared,
                 spec,
                 operation,
-                want: Want { model, identity: None, tokens, alone: false },
+                want,
                 cursor: Cursor::new(seed, given),
                 attempt: None,
                 moves: 0,
                 accidents: Vec::new(),
                 ordeal: Ordeal::default(),
                 deadline,
-                seek_until: Some(seek_until),
+                patience: Some(patience),
                 refusal: None,
                 recorder: Some(recorder),
                 span,
@@ -200,7 +198,7 @@ impl State {
         };
         if attempt.heard.fetch_add(1, Ordering::Relaxed) == 0 {
             attempt.lease.set_alive();
-            self.seek_until = None;
+            self.patience = None;
             self.refusal = None;
         }
         attempt.lease.link().stir();
@@ -240,15 +238,18 @@ impl State {
     async fn seek(&mut self) -> Result<(), Status> {
         loop {
             self.reckon().await?;
-            let wait = self.shared.config.worker_wait;
-            let until = *self.seek_until.get_or_insert_with(|| Instant::now() + wait);
-            match self.attempt(until).await {
+            let patience = match self.patience {
+                Some(patience) => patience,
+                None => *self.patience.insert(self.new_patience()),
+            };
+            match self.attempt(patience).await {
                 Ok(attempt) => {
                     self.enter(attempt);
                     return Ok(());
                 }
-                Err(Failure::NoWorker) => return Err(self.no_worker()),
+                Err(Failure::NoPlace(no_place)) => return Err(self.no_place(&no_place)),
                 Err(Failure::Refused { lease, span, why }) => {
+                    self.want.admitted = true;
                     self.part(&lease, span, why, false)?;
                 }
             }
@@ -348,12 +349,13 @@ impl State {
             );
         }
         if self.want.alone {
-            self.seek_until = Some(Instant::now() + self.shared.config.alone_wait);
+            let worker = Instant::now() + self.shared.config.alone_wait;
+            self.patience = Some(Patience { worker, room: worker, deadline: self.deadline });
         }
         Ok(())
     }
 
-    fn no_worker(&mut self) -> Status {
+    fn no_place(&mut self, no_place: &NoPlace) -> Status {
         if self.is_expired() {
             return deadline_exceeded();
         }
@@ -362,7 +364,7 @@ impl State {
             Some(status) if Reason::of(&status) == Some(Reason::Overloaded) => relayed(&status),
             Some(status) => Reason::NoWorker
                 .status(format!("no worker can serve {model:?} now, the last: {}", said(&status))),
-            None => Reason::NoWorker.status(format!("no worker can serve {model:?} now")),
+            None => no_place.status(model),
         }
     }
 

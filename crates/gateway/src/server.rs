@@ -18,8 +18,8 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::fleet::{self, Fleet};
-use crate::service::{Service, Shared};
-use crate::{Config, Dialer, LeastOutstanding, Policy};
+use crate::service::{self, Service, Shared};
+use crate::{Config, Dialer, Policy};
 
 /// How long the last messages of ended streams get to reach their clients.
 pub(crate) const FLUSH: Duration = Duration::from_secs(1);
@@ -67,20 +67,16 @@ impl Readiness {
 }
 
 impl Gateway {
-    /// Wires a gateway over the workers of `registry`, reached through `dialer`.
+    /// Wires a gateway over the workers of `registry`, reached through `dialer`. It chooses workers
+    /// as `config` says.
     pub fn build(
         config: Config,
         registry: &dyn Registry,
         dialer: Arc<dyn Dialer>,
         metrics: Metrics,
     ) -> Self {
-        Self::build_with_policy(
-            config,
-            registry,
-            dialer,
-            metrics,
-            Box::new(LeastOutstanding::default()),
-        )
+        let policy = config.routing.policy(service::draw_seed());
+        Self::build_with_policy(config, registry, dialer, metrics, policy)
     }
 
     /// Wires a gateway that chooses workers by `policy`.

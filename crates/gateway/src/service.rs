@@ -9,7 +9,9 @@ use std::time::Duration;
 use futures::Stream;
 use tercet_proto::v1::inference_client::InferenceClient;
 use tercet_proto::v1::inference_server::Inference;
-use tercet_proto::{GenerateSpec, InvalidRequest, Reason, ScoreSpec, TokenizeSpec, v1};
+use tercet_proto::{
+    ASSUMED_TOKENS, GenerateSpec, InvalidRequest, Reason, ScoreSpec, TokenizeSpec, v1,
+};
 use tercet_telemetry::{Component, Metrics};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
@@ -18,10 +20,10 @@ use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 use tracing::{Instrument, Span};
 
-use crate::Config;
-use crate::fleet::{Fleet, NoWorker, RouteError, Want};
+use crate::fleet::{Fleet, Patience, RouteError, Want};
 use crate::relay::{self, Start};
 use crate::span;
+use crate::{Config, Offer};
 
 /// When to come back if there is no room: streams end all the time.
 const RETRY_DELAY: Duration = Duration::from_secs(1);
@@ -62,8 +64,7 @@ pub(crate) struct Service(Arc<Shared>);
 struct Call<M> {
     message: M,
     want: Want,
-    deadline: Option<Instant>,
-    seek_until: Instant,
+    patience: Patience,
 }
 
 /// What to know of a kind of message that any worker with the model answers.
@@ -76,7 +77,7 @@ struct Ask<M> {
 
 impl<M> Call<M> {
     fn is_expired(&self) -> bool {
-        self.deadline.is_some_and(|deadline| deadline <= Instant::now())
+        self.patience.deadline.is_some_and(|deadline| deadline <= Instant::now())
     }
 }
 
@@ -90,23 +91,40 @@ impl Service {
         request: Request<v1::GenerateRequest>,
         span: Span,
     ) -> Result<Start, Status> {
-        let (deadline, seek_until) = self.times(&request);
+        let patience = self.patience(&request);
+        let session = Offer::session(request.metadata());
         let mut spec = GenerateSpec::try_from(request.into_inner())?;
         // For gateways to ask of workers, not for clients.
         spec.alone_tokens = 0;
         let permit = self.admit()?;
-        let model = self.resolve(spec.model.as_deref(), seek_until).await?;
+        let model = self.resolve(spec.model.as_deref(), patience.worker).await?;
         let seed = spec.seed().unwrap_or_else(draw_seed);
+        let tokens = spec.stop.max_tokens.map_or(ASSUMED_TOKENS, u64::from);
+        let mut want = self.0.fleet.want(model, tokens);
+        if let Some(refused) = self.0.fleet.refusal(&want, patience.deadline) {
+            return Err(refused.status(&want.model));
+        }
+        want.offer = self.offer(session, &spec, &want.model);
         let shared = Arc::clone(&self.0);
-        Ok(Start { shared, spec, model, seed, deadline, seek_until, span, permit })
+        Ok(Start { shared, spec, want, seed, patience, span, permit })
     }
 
-    /// Returns when the caller stops waiting, and until when a worker must be found.
-    fn times<M>(&self, request: &Request<M>) -> (Option<Instant>, Instant) {
+    /// Returns what a request offers to choose a worker by.
+    fn offer(&self, session: Option<u64>, spec: &GenerateSpec, model: &str) -> Arc<Offer> {
+        let pages = match self.0.fleet.needs_pages() {
+            true => Offer::pages(spec, &self.0.fleet.identity(model).unwrap_or_default()),
+            false => Vec::new(),
+        };
+        Arc::new(Offer { session, pages, prompt_tokens: Offer::prompt_tokens(spec) })
+    }
+
+    /// Returns how long a call may wait.
+    fn patience<M>(&self, request: &Request<M>) -> Patience {
         let now = Instant::now();
         let deadline = tercet_proto::timeout(request.metadata()).map(|timeout| now + timeout);
-        let seek_until = now + self.0.config.worker_wait;
-        (deadline, deadline.map_or(seek_until, |deadline| deadline.min(seek_until)))
+        let until = |wait| deadline.map_or(now + wait, |deadline| deadline.min(now + wait));
+        let Config { worker_wait, max_queue_wait, .. } = self.0.config;
+        Patience { worker: until(worker_wait), room: until(max_queue_wait), deadline }
     }
 
     /// Returns a place among the streams, if there is room.
@@ -138,14 +156,14 @@ impl Service {
     {
         let span = span::server(ask.method, request.metadata());
         let answered = async {
-            let (deadline, seek_until) = self.times(&request);
+            let patience = self.patience(&request);
             let mut message = (ask.check)(request.into_inner())?;
             let named = (ask.model)(&mut message);
             let asked = (!named.is_empty()).then_some(named.as_str());
-            let model = self.resolve(asked, seek_until).await?;
+            let model = self.resolve(asked, patience.worker).await?;
             model.clone_into(named);
-            let want = Want { model, identity: None, tokens: 1, alone: false };
-            self.forward(Call { message, want, deadline, seek_until }, send).await
+            let want = Want { computes: false, ..self.0.fleet.want(model, 1) };
+            self.forward(Call { message, want, patience }, send).await
         };
         let outcome = answered.instrument(span.clone()).await;
         self.answer(&span, outcome)
@@ -163,19 +181,18 @@ impl Service {
     {
         let mut attempts = 1;
         loop {
-            let lease = match self.0.fleet.acquire(&call.want, call.seek_until).await {
+            let lease = match self.0.fleet.acquire(&call.want, call.patience).await {
                 Ok(lease) => lease,
-                Err(NoWorker) => {
+                Err(no_place) => {
                     if call.is_expired() {
                         return Err(relay::deadline_exceeded());
                     }
-                    let message = format!("no worker can serve {:?} now", call.want.model);
-                    return Err(Reason::NoWorker.status(message));
+                    return Err(no_place.status(&call.want.model));
                 }
             };
             let mut request = Request::new(call.message.clone());
             tercet_telemetry::inject(&Span::current(), request.metadata_mut());
-            if let Some(deadline) = call.deadline {
+            if let Some(deadline) = call.patience.deadline {
                 request.set_timeout(deadline.saturating_duration_since(Instant::now()));
             }
             let status = match send(lease.link().client(), request).await {
@@ -260,18 +277,17 @@ impl Inference for Service {
     ) -> Result<Response<v1::ScoreResponse>, Status> {
         let span = span::server("tercet.v1.Inference/Score", request.metadata());
         let answered = async {
-            let (deadline, seek_until) = self.times(&request);
+            let patience = self.patience(&request);
             let mut spec = ScoreSpec::try_from(request.into_inner())?;
             let _permit = self.admit()?;
-            let model = self.resolve(spec.model.as_deref(), seek_until).await?;
+            let model = self.resolve(spec.model.as_deref(), patience.worker).await?;
             spec.model = Some(model.clone());
             let tokens = u64::try_from(spec.tokens.len()).unwrap_or(u64::MAX);
-            let want = Want { model, identity: None, tokens, alone: false };
+            let want = self.0.fleet.want(model, tokens);
             let message = v1::ScoreRequest::from(spec);
-            self.forward(
-                Call { message, want, deadline, seek_until },
-                |mut client, request| async move { client.score(request).await },
-            )
+            self.forward(Call { message, want, patience }, |mut client, request| async move {
+                client.score(request).await
+            })
             .await
         };
         let outcome = answered.instrument(span.clone()).await;
@@ -312,7 +328,7 @@ impl From<RouteError> for Status {
 }
 
 /// Returns a seed that no other request has.
-fn draw_seed() -> u64 {
+pub(crate) fn draw_seed() -> u64 {
     // The keys of a new `RandomState` come from the system's randomness and differ each time;
     // SipHash spreads them over all 64 bits. A seed has to be distinct, not secret.
     RandomState::new().hash_one(0_u8)

@@ -7,6 +7,7 @@ mod limits;
 mod liveness;
 mod models;
 mod poison;
+mod queue;
 mod resume;
 mod routing;
 mod serving;

@@ -24,7 +24,7 @@ pub use self::{
     admin::{Admin, Probe, serve_admin},
     metrics::{
         Component, EjectionCause, MAX_MODEL_LABELS, Metrics, MoveCause, Operation, PageState,
-        RequestRecorder, RowKind, SequenceState, TokenKind,
+        QueueRefusal, RequestRecorder, RowKind, SequenceState, TokenKind,
     },
     propagation::{extract, inject, set_parent, traceparent_of},
     setup::{Config, InitError, LogFormat, ShutdownError, Telemetry, UnknownLogFormat, init},

@@ -35,6 +35,9 @@ const TIME_TO_FIRST_TOKEN_SECONDS: [f64; 16] =
     [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
 const TIME_PER_OUTPUT_TOKEN_SECONDS: [f64; 13] =
     [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5];
+/// From no wait at all to the longest that is left to wait by default.
+const QUEUE_WAIT_SECONDS: [f64; 13] =
+    [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
 /// From one decode step of a tiny model to one prefill chunk of a large one.
 const STEP_DURATION_SECONDS: [f64; 13] =
     [0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
@@ -75,6 +78,17 @@ label_values! {
         TextCompletion = "text_completion",
         /// A conversation to continue.
         Chat = "chat",
+    }
+    /// Why a request was not left to wait for a worker.
+    QueueRefusal {
+        /// As many wait as may.
+        Full = "full",
+        /// It would have waited for longer than a request may.
+        Long = "long",
+        /// It did wait for as long as a request may.
+        Waited = "waited",
+        /// It would have waited beyond its deadline.
+        Hopeless = "hopeless",
     }
     /// Which tokens are counted.
     TokenKind {
@@ -215,6 +229,11 @@ struct EjectionLabels {
 }
 
 #[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct QueueLabels {
+    reason: QueueRefusal,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
 struct ModelLabels {
     gen_ai_request_model: String,
 }
@@ -236,6 +255,9 @@ struct Inner {
     tokens: Family<TokenLabels, Counter>,
     streams: Family<StreamLabels, Gauge>,
     rejections: Family<RejectionLabels, Counter>,
+    queue_length: Family<ModelLabels, Gauge>,
+    queue_wait: HistogramFamily<ModelLabels>,
+    queue_refusals: Family<QueueLabels, Counter>,
     worker_outstanding: Family<WorkerLabels, Gauge>,
     workers: Family<ModelLabels, Gauge>,
     stream_moves: Family<CauseLabels, Counter>,
@@ -272,6 +294,9 @@ impl Metrics {
             tokens: Family::default(),
             streams: Family::default(),
             rejections: Family::default(),
+            queue_length: Family::default(),
+            queue_wait: Family::new_with_constructor(|| Histogram::new(QUEUE_WAIT_SECONDS)),
+            queue_refusals: Family::default(),
             worker_outstanding: Family::default(),
             workers: Family::default(),
             stream_moves: Family::default(),
@@ -315,6 +340,22 @@ impl Metrics {
             "tercet_rejections",
             "Requests refused for want of room or of a worker",
             inner.rejections.clone(),
+        );
+        registry.register(
+            "tercet_queue_length",
+            "Requests that wait for a slot at a worker",
+            inner.queue_length.clone(),
+        );
+        registry.register_with_unit(
+            "tercet_queue_wait",
+            "From the request to its slot at a worker",
+            Unit::Seconds,
+            inner.queue_wait.clone(),
+        );
+        registry.register(
+            "tercet_queue_refusals",
+            "Requests that were not left to wait for a slot",
+            inner.queue_refusals.clone(),
         );
         registry.register(
             "tercet_worker_outstanding",
@@ -423,6 +464,23 @@ impl Metrics {
     /// Counts a request that was refused; `reason` as told to the client.
     pub fn reject(&self, component: Component, reason: &'static str) {
         self.0.rejections.get_or_create(&RejectionLabels { component, reason }).inc();
+    }
+
+    /// Tells how many requests wait for a slot at a worker with a model.
+    pub fn set_queue_length(&self, model: &str, count: usize) {
+        let labels = ModelLabels { gen_ai_request_model: self.model_label(model) };
+        self.0.queue_length.get_or_create(&labels).set(gauge_value(count));
+    }
+
+    /// Records how long a request waited for its slot.
+    pub fn queue_waited(&self, model: &str, wait: std::time::Duration) {
+        let labels = ModelLabels { gen_ai_request_model: self.model_label(model) };
+        self.0.queue_wait.get_or_create(&labels).observe(wait.as_secs_f64());
+    }
+
+    /// Counts a request that was not left to wait.
+    pub fn queue_refused(&self, reason: QueueRefusal) {
+        self.0.queue_refusals.get_or_create(&QueueLabels { reason }).inc();
     }
 
     /// Returns the number of requests in progress at a worker, to be kept by the gateway.

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use tonic::transport::Channel;
 
 use super::health::{Ejection, Health};
+use super::lines::Lines;
 use super::pace::{Pace, Sample};
 use super::pulse::{Answer, Pulse};
 use super::report::{Own, Reported, Reports};
@@ -48,6 +49,8 @@ pub(crate) struct Link {
     answer: watch::Sender<Answer>,
     /// Grows when waiting requests should look again.
     stir: watch::Sender<u64>,
+    /// Where requests wait for room.
+    lines: Arc<Lines>,
     metrics: Metrics,
     outstanding: Gauge,
     suspected: Gauge,
@@ -91,6 +94,7 @@ impl Link {
         channel: Channel,
         suspect_after: Duration,
         stir: watch::Sender<u64>,
+        lines: Arc<Lines>,
         metrics: &Metrics,
     ) -> Arc<Self> {
         let link = Arc::new(Self {
@@ -110,6 +114,7 @@ impl Link {
             standing: Mutex::default(),
             answer: watch::Sender::new(Answer::Unheard),
             stir,
+            lines,
             outstanding: metrics.worker_outstanding(record.id.as_str()),
             suspected: metrics.worker_suspected(record.id.as_str()),
             metrics: metrics.clone(),
@@ -189,6 +194,8 @@ impl Link {
             self.wake();
         }
         self.feel(|pulse| pulse.report(now));
+        // What other gateways had there may have ended.
+        self.lines.call();
     }
 
     /// The reports broke off.
@@ -230,6 +237,7 @@ impl Link {
 
     fn wake(&self) {
         self.stir.send_modify(|changes| *changes += 1);
+        self.lines.call();
     }
 
     /// Returns whether the worker said that it is about to stop.
@@ -365,13 +373,10 @@ impl Link {
     }
 
     pub(super) fn end(&self, tokens: u64) {
-        let before = self.streams.fetch_sub(1, Ordering::Relaxed);
+        self.streams.fetch_sub(1, Ordering::Relaxed);
         self.tokens.fetch_sub(tokens, Ordering::Relaxed);
         self.outstanding.dec();
-        if before == 1 {
-            // Somebody may wait to have it alone.
-            self.wake();
-        }
+        self.lines.call();
     }
 
     /// Returns whether one request has the worker for itself.

@@ -11,7 +11,7 @@ use tracing::{Instrument, Span};
 
 use super::trouble::{Trouble, answers_again, trouble};
 use super::{State, is_movable};
-use crate::fleet::{Lease, NoWorker, Want};
+use crate::fleet::{Lease, NoPlace, Patience, Want};
 use crate::span;
 
 /// A stream at one worker.
@@ -29,7 +29,7 @@ pub(super) struct Attempt {
 /// Why there is no stream at a worker.
 pub(super) enum Failure {
     /// None could take it in time.
-    NoWorker,
+    NoPlace(NoPlace),
     /// One did not.
     Refused { lease: Lease, span: Span, why: Break },
 }
@@ -52,9 +52,9 @@ pub(super) enum Relocation {
 
 impl State {
     /// Waits for a worker and opens a stream there.
-    pub(super) async fn attempt(&self, until: Instant) -> Result<Attempt, Failure> {
-        let acquired = self.shared.fleet.acquire(&self.want, until).await;
-        let lease = acquired.map_err(|NoWorker| Failure::NoWorker)?;
+    pub(super) async fn attempt(&self, patience: Patience) -> Result<Attempt, Failure> {
+        let acquired = self.shared.fleet.acquire(&self.want, patience).await;
+        let lease = acquired.map_err(Failure::NoPlace)?;
         let spec = self.spec_to_send();
         let span =
             span::generation(&self.span, self.operation, &self.want.model, &spec, lease.link());
@@ -74,6 +74,13 @@ impl State {
         }
     }
 
+    /// Returns how long a stream may wait for another worker.
+    pub(super) fn new_patience(&self) -> Patience {
+        let (now, config) = (Instant::now(), &self.shared.config);
+        let (worker, room) = (now + config.worker_wait, now + config.max_queue_wait);
+        Patience { worker, room, deadline: self.deadline }
+    }
+
     /// Returns what tells that a stream should leave its worker.
     fn trouble(
         &self,
@@ -87,6 +94,7 @@ impl State {
     }
 
     pub(super) fn enter(&mut self, attempt: Attempt) {
+        self.want.admitted = true;
         self.cursor.begin_attempt();
         self.attempt = Some(attempt);
     }
@@ -101,8 +109,7 @@ impl State {
                 if given_up {
                     return std::future::pending().await;
                 }
-                let wait = self.shared.config.worker_wait;
-                self.attempt(Instant::now() + wait).await
+                self.attempt(self.new_patience()).await
             };
             let outcome = tokio::select! {
                 biased;
@@ -115,7 +122,7 @@ impl State {
                         self.enter(other);
                         return Ok(Relocation::Settled);
                     }
-                    Err(Failure::NoWorker) => None,
+                    Err(Failure::NoPlace(_)) => None,
                     Err(Failure::Refused { lease, span, why }) => {
                         // What another has against the request is no reason to end it here.
                         given_up = matches!(&why, Break::Status(status) if !is_movable(status));

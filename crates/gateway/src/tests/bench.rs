@@ -17,9 +17,9 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Status};
 
 use super::fake::{FakeWorker, Wires, spawn, text, token};
+use crate::Config;
 use crate::fleet::{Answer, Fleet, Link};
 use crate::service::{Service, Shared};
-use crate::{Config, LeastOutstanding};
 
 /// Longest wait for anything, in the time of the test's clock: far beyond what any case takes.
 pub(super) const PATIENCE: Duration = Duration::from_secs(600);
@@ -81,7 +81,7 @@ impl Bench {
         let registry = MemoryRegistry::new();
         let wires = Arc::new(Wires::default());
         let metrics = Metrics::new();
-        let policy = Box::new(LeastOutstanding::default());
+        let policy = config.routing.policy(1);
         let fleet = Fleet::new(&config, Arc::clone(&wires) as _, policy, metrics.clone());
         let shared = Arc::new(Shared {
             streams: Arc::new(Semaphore::new(usize::try_from(config.max_streams).unwrap())),

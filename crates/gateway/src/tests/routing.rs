@@ -305,7 +305,7 @@ async fn a_worker_dialed_anew_keeps_streams_apart() {
     let mut stream = bench.generate(Request::new(request(4))).await.unwrap();
     read(&mut stream).await;
     // A changed record of the same incarnation keeps the channel and the load.
-    let changed = registration.update(|record| record.max_sequences = 1);
+    let changed = registration.update(|record| record.max_sequences = 2);
     bench.noticed(changed).await.unwrap();
     assert_eq!(bench.metric("tercet_worker_outstanding{worker=\"a\"}"), 1.0);
     let got = collect(bench.generate(Request::new(request(4))).await.unwrap(), Vec::new()).await;

@@ -75,6 +75,9 @@ fn gauges_and_counters_have_their_names() {
     metrics.worker_outstanding("w-1").set(4);
     metrics.worker_suspected("w-1").set(1);
     metrics.suspicion();
+    metrics.set_queue_length("demo", 6);
+    metrics.queue_waited("demo", Duration::from_millis(300));
+    metrics.queue_refused(QueueRefusal::Hopeless);
     metrics.worker_ejected(EjectionCause::Slow);
     metrics.set_workers_kept(2);
     metrics.lone_run();
@@ -94,6 +97,9 @@ fn gauges_and_counters_have_their_names() {
         ("tercet_worker_outstanding{worker=\"w-1\"}", 4.0),
         ("tercet_worker_suspected{worker=\"w-1\"}", 1.0),
         ("tercet_suspicions_total", 1.0),
+        ("tercet_queue_length{gen_ai_request_model=\"demo\"}", 6.0),
+        ("tercet_queue_wait_seconds_sum{gen_ai_request_model=\"demo\"}", 0.3),
+        ("tercet_queue_refusals_total{reason=\"hopeless\"}", 1.0),
         ("tercet_ejections_total{cause=\"slow\"}", 1.0),
         ("tercet_workers_kept", 2.0),
         ("tercet_lone_runs_total", 1.0),

@@ -122,6 +122,7 @@ impl Cluster {
         let host = network.host()?;
         let listen = format!("{}:{GATEWAY_PORT}", host.address());
         let args = ["gateway", "--listen", &listen, "--etcd", &url, "--cluster", CLUSTER];
+        let args = args.into_iter().chain(["--progress-timeout", "1s"]);
         let gateway = Tercet::spawn(&mut host.command(&Tercet::command(args)))?;
         for member in &mut members {
             member.settle().await?;
@@ -275,6 +276,10 @@ impl Member {
             }
             Kind::Slow => {
                 self.process()?.signal("USR1")?;
+                State::Slowed
+            }
+            Kind::Hang => {
+                self.process()?.signal("HUP")?;
                 State::Slowed
             }
             Kind::Drain => {

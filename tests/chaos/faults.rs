@@ -26,6 +26,8 @@ pub(super) enum Kind {
     Reset,
     /// It computes more slowly, or its network is bad, for a while.
     Slow,
+    /// It answers and reports, and computes nothing, for a while.
+    Hang,
     /// SIGTERM.
     Drain,
     /// A new worker comes.
@@ -33,8 +35,16 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    pub(super) const ALL: [Self; 7] =
-        [Self::Kill, Self::Stop, Self::Partition, Self::Reset, Self::Slow, Self::Drain, Self::Join];
+    pub(super) const ALL: [Self; 8] = [
+        Self::Kill,
+        Self::Stop,
+        Self::Partition,
+        Self::Reset,
+        Self::Slow,
+        Self::Hang,
+        Self::Drain,
+        Self::Join,
+    ];
 }
 
 /// Something that happens to one worker.

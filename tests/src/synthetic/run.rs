@@ -36,10 +36,14 @@ use super::{
 /// How long the last messages of ended streams get to reach their callers.
 const FLUSH: Duration = Duration::from_millis(100);
 
+/// Between two tokens of a worker that hangs.
+const FOR_EVER: Duration = Duration::from_secs(86_400);
+
 /// Registers and serves until SIGTERM, then drains.
 ///
 /// Says `listening on HOST:PORT` on standard output once it is bound, and `registered` once others
-/// can see it in the registry.
+/// can see it in the registry. SIGUSR1 makes it slower, SIGHUP lets it compute no more while it still
+/// answers and reports, and SIGUSR2 puts it right again.
 ///
 /// # Errors
 ///
@@ -106,6 +110,7 @@ pub async fn run(options: Options) -> Result<()> {
 struct Signals {
     term: Signal,
     slower: Signal,
+    hang: Signal,
     as_before: Signal,
 }
 
@@ -114,6 +119,7 @@ impl Signals {
         Ok(Self {
             term: signal(SignalKind::terminate())?,
             slower: signal(SignalKind::user_defined1())?,
+            hang: signal(SignalKind::hangup())?,
             as_before: signal(SignalKind::user_defined2())?,
         })
     }
@@ -125,6 +131,9 @@ impl Signals {
                 _ = self.term.recv() => return,
                 _ = self.slower.recv() => {
                     shared.pace.send_replace(pace.saturating_mul(shared.options.slow));
+                }
+                _ = self.hang.recv() => {
+                    shared.pace.send_replace(FOR_EVER);
                 }
                 _ = self.as_before.recv() => {
                     shared.pace.send_replace(pace);

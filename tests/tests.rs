@@ -15,6 +15,7 @@ mod outage;
 mod pipeline;
 mod pods;
 mod readme;
+mod records;
 mod soak;
 mod stall;
 mod synthetic;

@@ -37,7 +37,8 @@ fn shell(command: &str, address: &str) -> Result<String> {
     let tools = workspace().join("target/tools/bin");
     let mut shell = Command::new("bash");
     shell.args(["-euo", "pipefail", "-c", &command]).current_dir(workspace());
-    run(shell.env("PATH", format!("{}:{path}", tools.display())))
+    shell.env("PATH", format!("{}:{path}", tools.display()));
+    run(shell.env("PYTHONPATH", workspace().join("target/tools/python")))
 }
 
 #[tokio::test]
@@ -75,7 +76,7 @@ fn check(command: &str, said: &str) -> Result<()> {
             &["tercet.v1.Inference", "grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection"]
         }
         _ if command.contains(" describe ") => &["rpc Generate"],
-        _ if command.contains("tercet generate") => &[""],
+        _ if command.contains("tercet generate") || command.contains("resume.py") => &[""],
         _ if command.contains("--print-config") => {
             &["threads = 2", "# flag --threads", "# profile edge", "# default"]
         }

@@ -44,6 +44,6 @@ pub use self::{
     process::{PATIENCE, Process, helper, run},
     scratch::Scratch,
     tercet::{Tercet, connect, serving},
-    tools::{did_not_run, full, measured, tool, workspace},
+    tools::{did_not_run, full, measured, python, tool, workspace},
     variety::{FEATURES, Feature, Source},
 };

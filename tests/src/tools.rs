@@ -4,6 +4,7 @@ use std::{
     env,
     io::{self, Write as _},
     path::{Path, PathBuf},
+    process::Command,
     thread,
 };
 
@@ -22,6 +23,20 @@ pub fn tool(name: &str) -> Option<PathBuf> {
     }
     did_not_run(&format!("{name} is not in target/tools/bin: run tests/tools/install"));
     None
+}
+
+/// Returns a command that runs a Python program of the checkout with the installed packages.
+///
+/// Where they are missing, ends the test as [`did_not_run`] does, so a caller returns on `None`.
+pub fn python(program: &str) -> Option<Command> {
+    let packages = workspace().join("target/tools/python");
+    if !packages.join("grpc").exists() {
+        did_not_run("grpcio is not in target/tools/python: run tests/tools/install");
+        return None;
+    }
+    let mut command = Command::new("python3");
+    command.env("PYTHONPATH", packages).arg(workspace().join(program));
+    Some(command)
 }
 
 /// Tells that the calling test did not run, and why.

@@ -3,27 +3,23 @@
 //! Both speak the same service, the second one through memory, so that a text is the same wherever
 //! it is computed.
 
-mod generation;
-pub(crate) mod servers;
-
 use std::{path::PathBuf, sync::Arc};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use futures::FutureExt as _;
+use tercet_client::{AddressError, Client, ConnectError, GenerateError, Generation, Options};
 use tercet_cluster::{MemoryRegistry, Registry as _, View, WorkerId, WorkerState};
 use tercet_engine::EngineOptions;
 use tercet_gateway::{Dialer as _, LocalDialer};
 use tercet_proto::{
-    InvalidRequest,
-    v1::{GenerateRequest, ListModelsRequest, ModelInfo},
+    InvalidRequest, is_unreachable,
+    v1::{GenerateRequest, ListModelsRequest, ModelInfo, generate_response::Event},
 };
 use tercet_telemetry::Metrics;
 use tercet_worker::{ModelSource, ModelSpec, ServeError, Worker};
 use tokio::task::JoinSet;
-use tonic::{Code, Status};
+use tonic::{Code, Status, transport::Channel};
 
-pub(crate) use self::generation::{Generation, Piece};
-use self::servers::Servers;
 use crate::{
     args::BackendArgs,
     failure::{misconfigured, unbuilt},
@@ -33,7 +29,7 @@ use crate::{
 /// What answers requests.
 #[derive(Debug)]
 pub(crate) struct Backend {
-    servers: Servers,
+    client: Client,
     /// Name of the model in requests; empty for the only one.
     model: String,
     /// The worker of this process, if it is what answers. Ends when dropped.
@@ -46,23 +42,35 @@ impl Backend {
         if args.connect.is_empty() {
             return Self::local(args).await;
         }
-        let servers = Servers::connect(&args.connect).await?;
+        // Chats and scripts rather hear soon that nobody is there than wait for somebody. Once more
+        // than there are servers: the connection may have been lost since it was last used.
+        let options = Options { opening_attempts: args.connect.len() + 1, ..Options::default() };
+        let client =
+            Client::connect(&args.connect, options).await.map_err(|error| match error {
+                ConnectError::Address(error) => no_address(error),
+                ConnectError::Unanswered { addresses, source } => {
+                    anyhow::Error::from(source).context(unanswered(&addresses))
+                }
+            })?;
         let model = args.model.clone().unwrap_or_default();
-        Ok(Self { servers, model, local: JoinSet::new() })
+        Ok(Self { client, model, local: JoinSet::new() })
     }
 
-    /// Starts a generation, of the model in use.
-    pub(crate) async fn generate(&mut self, request: GenerateRequest) -> Result<Generation<'_>> {
+    /// Starts a text, of the model in use.
+    pub(crate) async fn generate(&self, request: GenerateRequest) -> Result<Text> {
         let request = GenerateRequest { model: self.model.clone(), ..request };
-        Generation::start(&mut self.servers, request).await
+        match self.client.generate(request).await {
+            Ok(generation) => Ok(Text { generation, client: self.client.clone() }),
+            Err(error) => Err(failure(&self.client, error)),
+        }
     }
 
     /// Returns the models that can be asked for.
-    pub(crate) async fn models(&mut self) -> Result<Vec<ModelInfo>> {
-        let listed = self.servers.client().list_models(ListModelsRequest {}).await;
+    pub(crate) async fn models(&self) -> Result<Vec<ModelInfo>> {
+        let listed = self.client.inference().list_models(ListModelsRequest {}).await;
         match listed {
             Ok(listed) => Ok(listed.into_inner().models),
-            Err(status) => Err(self.servers.failure(&status)),
+            Err(status) => Err(denied(&self.client, &status)),
         }
     }
 
@@ -78,7 +86,7 @@ impl Backend {
 
     /// Ends the worker of this process, if there is one.
     pub(crate) async fn stop(mut self) {
-        drop(self.servers);
+        drop(self.client);
         self.local.shutdown().await;
     }
 
@@ -122,8 +130,64 @@ impl Backend {
         let record = showing(|| load_line(&condition.loading()), loaded).await?;
         let record = record.context("find the worker of this process")?;
         let channel = dialer.dial(&record).context("connect to the worker of this process")?;
-        Ok(Self { servers: Servers::local(channel), model: String::new(), local })
+        Ok(Self { client: Client::over(channel), model: String::new(), local })
     }
+}
+
+/// A text in the making. Dropping it cancels the computation.
+#[derive(Debug)]
+pub(crate) struct Text {
+    generation: Generation,
+    client: Client,
+}
+
+impl Text {
+    /// Returns what comes next; `Finished` is the last.
+    pub(crate) async fn next(&mut self) -> Result<Event> {
+        match self.generation.next().await {
+            Ok(Some(event)) => Ok(event),
+            Ok(None) => bail!("the text is complete already"),
+            Err(error) => Err(failure(&self.client, error)),
+        }
+    }
+}
+
+/// Connects to one server.
+pub(crate) async fn connect(address: &str) -> Result<Channel> {
+    let connected = tercet_client::endpoint(address).map_err(no_address)?.connect().await;
+    connected.with_context(|| {
+        format!("no server answers at {address}: start one with `tercet serve` or `tercet worker`")
+    })
+}
+
+fn no_address(error: AddressError) -> anyhow::Error {
+    misconfigured(anyhow!("--connect {error}"))
+}
+
+/// Says that there is no server, and what to do.
+fn unanswered(addresses: &[String]) -> String {
+    format!(
+        "no server answers at {}: start one with `tercet serve`, or leave --connect out to compute \
+         in this process",
+        addresses.join(" or ")
+    )
+}
+
+/// Turns what became of a text into an error for people.
+fn failure(client: &Client, error: GenerateError) -> anyhow::Error {
+    let why = denied(client, error.status());
+    match error {
+        GenerateError::Refused(_) => why,
+        GenerateError::Lost { .. } => why.context(error.to_string()),
+    }
+}
+
+/// Turns what a server said, or that none did, into an error for people.
+fn denied(client: &Client, status: &Status) -> anyhow::Error {
+    if is_unreachable(status) {
+        return anyhow!(unanswered(&client.addresses().map(str::to_owned).collect::<Vec<_>>()));
+    }
+    refused(status)
 }
 
 /// Turns a server's refusal into an error for people.

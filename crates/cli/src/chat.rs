@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow};
 use futures::FutureExt as _;
-use tercet_proto::v1::{Usage, generate_request};
+use tercet_proto::v1::{Usage, generate_request, generate_response::Event};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     time::Instant,
@@ -27,7 +27,7 @@ use self::{
 };
 use crate::{
     args::{ChatArgs, LogArgs, SamplingArgs},
-    backend::{Backend, Piece},
+    backend::Backend,
     failure,
     output::{print, print_line},
     process::{self, Identity},
@@ -218,7 +218,7 @@ impl Session {
         while interrupt.recv().now_or_never().is_some() {}
         let mut said = Said::new();
         let told = tokio::select! {
-            told = said.tell(&mut self.backend, asked, sampling) => told,
+            told = said.tell(&self.backend, asked, sampling) => told,
             _ = interrupt.recv() => Ok(()),
         };
         if !said.text.ends_with('\n') {
@@ -259,7 +259,7 @@ impl Said {
 
     async fn tell(
         &mut self,
-        backend: &mut Backend,
+        backend: &Backend,
         asked: generate_request::Input,
         sampling: &SamplingArgs,
     ) -> Result<()> {
@@ -271,15 +271,17 @@ impl Said {
                 None => showing(|| reading.clone(), generation.next()).await?,
             };
             match piece {
-                Piece::Prompt(tokens) => reading = format!("reading {tokens} tokens"),
-                Piece::Echo(_) => {}
-                Piece::Delta(delta) => {
+                Event::Started(started) => {
+                    reading = format!("reading {} tokens", started.prompt_tokens);
+                }
+                Event::Prompt(_) => {}
+                Event::Delta(delta) => {
                     self.last = Instant::now();
                     self.first.get_or_insert(self.last);
                     print(&delta.text)?;
                     self.text.push_str(&delta.text);
                 }
-                Piece::Finished(finished) => {
+                Event::Finished(finished) => {
                     self.usage = finished.usage;
                     return Ok(());
                 }

@@ -6,11 +6,13 @@ use std::io::{self, IsTerminal as _};
 
 use anyhow::Result;
 use futures::FutureExt as _;
-use tercet_proto::v1::{Delta, GenerateRequest, Logprobs, Prompt, generate_request::Input};
+use tercet_proto::v1::{
+    Delta, GenerateRequest, Logprobs, Prompt, generate_request::Input, generate_response::Event,
+};
 
 use crate::{
     args::{GenerateArgs, LogArgs},
-    backend::{Backend, Piece},
+    backend::Backend,
     output::{print, print_line},
     process::{self, Identity},
     progress::showing,
@@ -28,7 +30,7 @@ async fn generate(args: &GenerateArgs) -> Result<()> {
         ..args.sampling.request(Input::Prompt(args.prompt.clone()))?
     };
     let is_listing = request.logprobs.is_some();
-    let mut backend = Backend::new(&args.backend).await?;
+    let backend = Backend::new(&args.backend).await?;
     let mut generation = backend.generate(request).await?;
     let mut ends_line = true;
     let mut reading = String::from("waiting for a turn");
@@ -39,22 +41,24 @@ async fn generate(args: &GenerateArgs) -> Result<()> {
             showing(|| reading.clone(), generation.next()).await?
         };
         match piece {
-            Piece::Prompt(tokens) => reading = format!("reading {tokens} prompt tokens"),
-            Piece::Echo(prompt) if is_listing => {
+            Event::Started(started) => {
+                reading = format!("reading {} prompt tokens", started.prompt_tokens);
+            }
+            Event::Prompt(prompt) if is_listing => {
                 print_line(&listing::prompt(&prompt))?;
             }
-            Piece::Delta(delta) if is_listing => {
+            Event::Delta(delta) if is_listing => {
                 reading.clear();
                 print(&listing::tokens(&delta))?;
             }
-            Piece::Echo(Prompt { text, .. }) | Piece::Delta(Delta { text, .. }) => {
+            Event::Prompt(Prompt { text, .. }) | Event::Delta(Delta { text, .. }) => {
                 reading.clear();
                 if !text.is_empty() {
                     print(&text)?;
                     ends_line = text.ends_with('\n');
                 }
             }
-            Piece::Finished(_) => break,
+            Event::Finished(_) => break,
         }
     }
     // Scripts get the text and nothing else; a terminal's next prompt starts on its own line.

@@ -11,7 +11,7 @@ use tonic::{Code, Status, transport::Channel};
 
 use crate::{
     args::{ByteSize, WorkerAddress},
-    backend::{refused, servers::connect},
+    backend::{connect, refused},
     failure::misconfigured,
     output::{print, print_line},
     progress::{Line, load_line, size},

@@ -11,3 +11,4 @@ mod queue;
 mod resume;
 mod routing;
 mod serving;
+mod simulation;

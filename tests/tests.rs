@@ -3,6 +3,7 @@
 //! A module is a file beside this one. What several of them need is in the support library, `src/`.
 
 mod architecture;
+mod balance;
 mod battery;
 mod chaos;
 mod chart;
@@ -12,6 +13,7 @@ mod fixtures;
 mod models;
 mod network;
 mod outage;
+mod overload;
 mod pipeline;
 mod pods;
 mod readme;

@@ -1,15 +1,19 @@
 //! The synthetic worker keeps the promises of a real one: tests of the cluster stand on that.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use futures::future::try_join_all;
 use tercet_proto::{
     Reason,
-    v1::{FinishReason, Resume, generate_request::Input},
+    v1::{
+        FinishReason, Resume, WatchLoadRequest, WorkerState, generate_request::Input,
+        worker_client::WorkerClient,
+    },
 };
 use tercet_tests::{
-    Client, collect, sampled, serving,
+    Client, PATIENCE, collect, connect, sampled, serving,
     synthetic::{Options, SyntheticWorker},
 };
+use tokio::time;
 
 #[tokio::test]
 async fn a_stream_goes_on_at_any_index_on_another_worker() -> Result<()> {
@@ -88,4 +92,35 @@ async fn what_finds_no_room_is_refused_and_what_is_left_in_a_drain_moves() -> Re
     }
     ensure!(worker.process().wait()?.success());
     Ok(())
+}
+
+#[tokio::test]
+async fn reports_tell_what_goes_on() -> Result<()> {
+    let options = Options { rate: 50.0, slots: 1, queue: 1, ..Options::new("told".parse()?) };
+    let worker = SyntheticWorker::start(&options)?;
+    serving(worker.address()).await?;
+    let client = Client::connect(worker.address()).await?;
+    let mut load = WorkerClient::new(connect(worker.address()).await?);
+    let request = WatchLoadRequest { interval_millis: 50 };
+    let mut reports = load.watch_load(request).await?.into_inner();
+    let _streams = try_join_all(
+        (0..2).map(|seed| client.open(sampled(Input::Prompt("To be".to_owned()), seed, 10_000))),
+    )
+    .await?;
+    let steps = async {
+        let mut before = None;
+        loop {
+            let report = reports.message().await?.context("the reports ended")?;
+            ensure!(report.state() == WorkerState::Ready, "{report:?}");
+            let model = report.models.first().context("no model")?;
+            if (model.running, model.waiting) == (1, 1) {
+                ensure!((1..=20_000).contains(&model.outstanding_tokens), "{model:?}");
+                match before {
+                    Some(before) if model.steps > before => return Ok(()),
+                    _ => before = Some(model.steps),
+                }
+            }
+        }
+    };
+    time::timeout(PATIENCE, steps).await?
 }

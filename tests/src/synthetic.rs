@@ -20,9 +20,17 @@ mod options;
 mod process;
 mod run;
 
+use std::time::SystemTime;
+
 pub use self::{
     formula::Formula,
     options::{Omission, Options},
     process::SyntheticWorker,
     run::run,
 };
+
+/// Returns the present time in microseconds of the system's clock, as synthetic workers stamp it.
+pub fn micros_now() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+}

@@ -18,6 +18,7 @@
 mod config;
 mod dialer;
 mod fleet;
+mod front;
 mod offer;
 mod policy;
 mod relay;

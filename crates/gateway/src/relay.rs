@@ -14,8 +14,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::Stream;
-use tercet_proto::{GenerateSpec, Input, Reason, v1};
+use tercet_proto::{GenerateSpec, Input, Reason, raw, v1};
 use tercet_telemetry::{Component, MoveCause, Operation, RequestRecorder};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
@@ -27,6 +28,7 @@ use crate::service::Shared;
 use crate::span;
 
 mod attempt;
+mod call;
 mod cursor;
 mod ordeal;
 mod trouble;
@@ -38,6 +40,9 @@ use self::trouble::Trouble;
 
 /// How long a worker without room is left alone when it does not say so itself.
 const DEFAULT_BACK_OFF: Duration = Duration::from_millis(200);
+
+/// What the client gets: encoded messages.
+pub(crate) type Messages = Pin<Box<dyn Stream<Item = Result<Bytes, Status>> + Send>>;
 
 /// What a relay starts with.
 #[derive(Debug)]
@@ -92,14 +97,12 @@ struct State {
 }
 
 /// Returns the stream that the client sees.
-pub(crate) fn relay(
-    start: Start,
-) -> impl Stream<Item = Result<v1::GenerateResponse, Status>> + Send + 'static {
+pub(crate) fn relay(start: Start) -> Messages {
     // Boxed: the relay moves into a new future for each message.
-    futures::stream::unfold(Box::new(Relay::new(start)), |mut relay| async move {
+    Box::pin(futures::stream::unfold(Box::new(Relay::new(start)), |mut relay| async move {
         let item = relay.next().await?;
         Some((item, relay))
-    })
+    }))
 }
 
 impl Relay {
@@ -141,7 +144,7 @@ impl Relay {
     }
 
     /// Returns the next message for the client; `None` after the last.
-    async fn next(&mut self) -> Option<Result<v1::GenerateResponse, Status>> {
+    async fn next(&mut self) -> Option<Result<Bytes, Status>> {
         self.state.recorder.as_ref()?;
         // A message that is there goes out, even if it comes with the deadline.
         let outcome = tokio::select! {
@@ -157,7 +160,7 @@ impl Relay {
 }
 
 impl State {
-    async fn next(&mut self) -> Result<v1::GenerateResponse, Status> {
+    async fn next(&mut self) -> Result<Bytes, Status> {
         loop {
             let Some(attempt) = &mut self.attempt else {
                 self.seek().await?;
@@ -178,8 +181,8 @@ impl State {
                 },
             };
             let status = match message {
-                Ok(Some(response)) => match self.accept(response) {
-                    Step::Forward(response) => return Ok(response),
+                Ok(Some(message)) => match self.accept(message) {
+                    Step::Forward(message) => return Ok(message),
                     Step::Skip => continue,
                     Step::Broken(why) => Reason::StreamBroken.status(why),
                     Step::Mismatch(why) => Reason::ModelMismatch.status(why),
@@ -192,46 +195,72 @@ impl State {
     }
 
     /// Takes a message of the current attempt.
-    fn accept(&mut self, response: v1::GenerateResponse) -> Step {
-        let (Some(attempt), Some(recorder)) = (&mut self.attempt, &mut self.recorder) else {
-            return Step::Skip;
-        };
+    fn accept(&mut self, message: Bytes) -> Step<Bytes> {
+        let Some(attempt) = &mut self.attempt else { return Step::Skip };
         if attempt.heard.fetch_add(1, Ordering::Relaxed) == 0 {
             attempt.lease.set_alive();
             self.patience = None;
             self.refusal = None;
         }
         attempt.lease.link().stir();
+        if let Some(tokens) = self.cursor.pass(&message) {
+            self.progress(tokens);
+            return Step::Forward(message);
+        }
+        match raw::decode(&message) {
+            Ok(response) => self.accept_decoded(response),
+            Err(error) => Step::Broken(format!("a message cannot be decoded: {error}")),
+        }
+    }
+
+    /// Takes a message that has to be looked at in full.
+    fn accept_decoded(&mut self, response: v1::GenerateResponse) -> Step<Bytes> {
         let before = self.cursor.len();
-        let step = self.cursor.accept(response);
-        let Step::Forward(response) = &step else { return step };
+        let response = match self.cursor.accept(response) {
+            Step::Forward(response) => response,
+            Step::Skip => return Step::Skip,
+            Step::Broken(why) => return Step::Broken(why),
+            Step::Mismatch(why) => return Step::Mismatch(why),
+        };
         match &response.event {
-            Some(v1::generate_response::Event::Started(started)) => {
-                recorder.prompt(started.prompt_tokens);
-                attempt.span.record("gen_ai.response.model", started.model.as_str());
-                self.want.identity = Some(attempt.lease.identity().to_owned());
-            }
+            Some(v1::generate_response::Event::Started(started)) => self.started(started),
             Some(v1::generate_response::Event::Delta(_)) => {
-                let tokens = self.cursor.len() - before;
-                recorder.completion(tokens);
-                attempt.lease.progress(u64::try_from(tokens).unwrap_or(u64::MAX));
-                if attempt.lease.is_alone() && self.ordeal.clear(self.cursor.len()) {
-                    self.want.alone = false;
-                    attempt.lease.share();
-                }
+                self.progress(self.cursor.len() - before);
             }
-            Some(v1::generate_response::Event::Finished(finished)) => {
-                // ## Relaying => Ended
-                span::record_finished(&attempt.span, finished);
-                span::record_finished(&self.span, finished);
-                self.attempt = None;
-                if let Some(recorder) = self.recorder.take() {
-                    recorder.succeed();
-                }
-            }
+            Some(v1::generate_response::Event::Finished(finished)) => self.finished(finished),
             Some(v1::generate_response::Event::Prompt(_)) | None => {}
         }
-        step
+        Step::Forward(raw::encode(&response))
+    }
+
+    fn started(&mut self, started: &v1::Started) {
+        let (Some(attempt), Some(recorder)) = (&self.attempt, &self.recorder) else { return };
+        recorder.prompt(started.prompt_tokens);
+        attempt.span.record("gen_ai.response.model", started.model.as_str());
+        self.want.identity = Some(attempt.lease.identity().to_owned());
+    }
+
+    /// The client gets so many more tokens.
+    fn progress(&mut self, tokens: usize) {
+        let (Some(attempt), Some(recorder)) = (&mut self.attempt, &mut self.recorder) else {
+            return;
+        };
+        recorder.completion(tokens);
+        attempt.lease.progress(u64::try_from(tokens).unwrap_or(u64::MAX));
+        if attempt.lease.is_alone() && self.ordeal.clear(self.cursor.len()) {
+            self.want.alone = false;
+            attempt.lease.share();
+        }
+    }
+
+    /// ## Relaying => Ended
+    fn finished(&mut self, finished: &v1::Finished) {
+        let Some(attempt) = self.attempt.take() else { return };
+        span::record_finished(&attempt.span, finished);
+        span::record_finished(&self.span, finished);
+        if let Some(recorder) = self.recorder.take() {
+            recorder.succeed();
+        }
     }
 
     /// Finds a worker and opens a stream there. ## Seeking => (Relaying | Ended)

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tercet_cluster::{Registry, View};
-use tercet_proto::{convention, v1::inference_server::InferenceServer};
+use tercet_proto::convention;
 use tercet_telemetry::Metrics;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
@@ -18,6 +18,7 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::fleet::{self, Fleet};
+use crate::front::Front;
 use crate::service::{self, Service, Shared};
 use crate::{Config, Dialer, Policy};
 
@@ -153,7 +154,7 @@ impl Gateway {
             .add_service(health)
             .add_service(reflection(is_worker).build_v1().map_err(ServeError::Reflection)?)
             .add_service(reflection(is_worker).build_v1alpha().map_err(ServeError::Reflection)?)
-            .add_service(InferenceServer::new(Service::new(Arc::clone(&shared))))
+            .add_service(Front::new(Service::new(Arc::clone(&shared))))
             .serve_with_incoming_shutdown(
                 TcpIncoming::from(listener).with_nodelay(Some(true)),
                 closing.clone().cancelled_owned(),

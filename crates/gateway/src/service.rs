@@ -6,11 +6,11 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::Stream;
+use futures::{Stream, StreamExt as _};
 use tercet_proto::v1::inference_client::InferenceClient;
 use tercet_proto::v1::inference_server::Inference;
 use tercet_proto::{
-    ASSUMED_TOKENS, GenerateSpec, InvalidRequest, Reason, ScoreSpec, TokenizeSpec, v1,
+    ASSUMED_TOKENS, GenerateSpec, InvalidRequest, Reason, ScoreSpec, TokenizeSpec, raw, v1,
 };
 use tercet_telemetry::{Component, Metrics};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -21,7 +21,7 @@ use tonic::{Request, Response, Status};
 use tracing::{Instrument, Span};
 
 use crate::fleet::{Fleet, Patience, RouteError, Want};
-use crate::relay::{self, Start};
+use crate::relay::{self, Messages, Start};
 use crate::span;
 use crate::{Config, Offer};
 
@@ -226,6 +226,19 @@ impl Service {
     }
 }
 
+impl Service {
+    /// Starts a generation, with answers as they came from the worker.
+    pub(crate) async fn relay(
+        &self,
+        request: Request<v1::GenerateRequest>,
+    ) -> Result<Response<Messages>, Status> {
+        let span = span::server("tercet.v1.Inference/Generate", request.metadata());
+        let start = self.start(request, span.clone()).instrument(span.clone()).await;
+        let start = self.answer(&span, start)?;
+        Ok(Response::new(relay::relay(start)))
+    }
+}
+
 #[tonic::async_trait]
 impl Inference for Service {
     type GenerateStream =
@@ -235,10 +248,11 @@ impl Inference for Service {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let span = span::server("tercet.v1.Inference/Generate", request.metadata());
-        let start = self.start(request, span.clone()).instrument(span.clone()).await;
-        let start = self.answer(&span, start)?;
-        Ok(Response::new(Box::pin(relay::relay(start))))
+        let messages = self.relay(request).await?.into_inner();
+        let decoded = messages.map(|message| {
+            raw::decode(&message?).map_err(|error| Status::internal(error.to_string()))
+        });
+        Ok(Response::new(Box::pin(decoded)))
     }
 
     async fn tokenize(

@@ -4,6 +4,7 @@
 //!   [`FILE_DESCRIPTOR_SET`] feeds the reflection service.
 //! - [`GenerateSpec`], [`ScoreSpec`], [`TokenizeSpec`], [`DetokenizeSpec`] and [`GetModelSpec`] are
 //!   requests that passed validation; [`InvalidRequest`] says, field by field, why one did not.
+//! - [`raw`] reads of encoded answers where they belong, for what only passes them on.
 //! - [`Reason`] says why a call failed, in a gRPC status and back.
 //!
 //! ```text
@@ -15,6 +16,7 @@
 pub mod convention;
 mod deadline;
 mod grammar;
+pub mod raw;
 mod request;
 mod status;
 mod violation;

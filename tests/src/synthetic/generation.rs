@@ -18,6 +18,7 @@ use super::{
     formula::Limits,
     inference::{Shared, chat_ids, prompt_ids},
     load::Aboard,
+    micros_now,
 };
 
 /// A stream that is further behind its schedule than this does not catch up: nor would a machine
@@ -167,7 +168,11 @@ impl Generation {
             aboard.step();
         }
         let ended = self.limits.ended(self.index, id);
-        let text = self.formula.text(index, ended.is_some());
+        let text = if self.shared.options.stamp {
+            micros_now().to_string()
+        } else {
+            self.formula.text(index, ended.is_some())
+        };
         if let Some((reason, matched)) = ended {
             self.finish(reason, matched);
         }

@@ -39,6 +39,8 @@ pub struct Options {
     pub drain_millis: u64,
     /// `--tell`: says on standard output which stream begins, by its seed, and at which index.
     pub tell: bool,
+    /// `--stamp`: the text of a token is when it was made, in microseconds of the system's clock.
+    pub stamp: bool,
     /// `--without`, any number of times: what it does not have, as an older release.
     pub without: Vec<Omission>,
 }
@@ -98,11 +100,12 @@ impl Options {
             slow: 10,
             drain_millis: 30_000,
             tell: false,
+            stamp: false,
             without: Vec::new(),
         }
     }
 
-    /// Reads flags, each `--name value` except `--tell`.
+    /// Reads flags, each `--name value` except `--tell` and `--stamp`.
     ///
     /// # Errors
     ///
@@ -111,9 +114,16 @@ impl Options {
         let mut options = Self::new("synthetic".parse()?);
         let mut args = args.into_iter();
         while let Some(flag) = args.next() {
-            if flag == "--tell" {
-                options.tell = true;
-                continue;
+            match flag.as_str() {
+                "--tell" => {
+                    options.tell = true;
+                    continue;
+                }
+                "--stamp" => {
+                    options.stamp = true;
+                    continue;
+                }
+                _ => {}
             }
             let value = args.next().with_context(|| format!("{flag} needs a value"))?;
             options.set(&flag, &value).with_context(|| format!("{flag} {value}"))?;
@@ -171,6 +181,9 @@ impl Options {
         if self.tell {
             args.push("--tell".to_owned());
         }
+        if self.stamp {
+            args.push("--stamp".to_owned());
+        }
         args
     }
 
@@ -201,6 +214,7 @@ mod tests {
         options.rate = 12.5;
         options.without = vec![Omission::Timings, Omission::ModelState];
         options.tell = true;
+        options.stamp = true;
         let read = Options::parse(options.args()).unwrap();
         assert_eq!(format!("{read:?}"), format!("{options:?}"));
     }

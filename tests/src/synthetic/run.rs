@@ -4,7 +4,7 @@ use std::{
     io::{self, Write as _},
     pin::pin,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
@@ -31,6 +31,7 @@ use super::{
     administration::{Administration, LAYERS},
     inference::{Shared, SyntheticInference},
     load::Load,
+    micros_now,
 };
 
 /// How long the last messages of ended streams get to reach their callers.
@@ -59,7 +60,8 @@ pub async fn run(options: Options) -> Result<()> {
         pace: watch::Sender::new(options.pace()),
         state: watch::Sender::new(v1::ModelState::Loading),
         evicted: CancellationToken::new(),
-        epoch: epoch_now(),
+        // Greater for everything that happens later.
+        epoch: micros_now(),
         options,
     });
     writeln!(io::stdout(), "listening on {bound}")?;
@@ -205,10 +207,4 @@ async fn report(health: &HealthReporter, shared: &Shared, status: ServingStatus)
         health.set_service_status(name, status).await;
     }
     health.set_service_status("tercet.v1.Worker", ServingStatus::Serving).await;
-}
-
-/// Returns the present time in microseconds: greater for everything that happens later.
-fn epoch_now() -> u64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }

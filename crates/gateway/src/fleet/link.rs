@@ -28,7 +28,7 @@ pub(crate) struct Link {
     worker: WorkerId,
     epoch: u64,
     address: String,
-    client: InferenceClient<Channel>,
+    channel: Channel,
     suspect_after: Duration,
     /// Requests in progress.
     streams: AtomicUsize,
@@ -101,7 +101,7 @@ impl Link {
             worker: record.id.clone(),
             epoch: record.epoch,
             address: record.address.clone(),
-            client: InferenceClient::new(channel.clone()),
+            channel: channel.clone(),
             suspect_after,
             streams: AtomicUsize::new(0),
             tokens: AtomicU64::new(0),
@@ -138,9 +138,13 @@ impl Link {
         &self.address
     }
 
+    pub(crate) fn channel(&self) -> Channel {
+        self.channel.clone()
+    }
+
     /// Returns a client on the link's channel.
     pub(crate) fn client(&self) -> InferenceClient<Channel> {
-        self.client.clone()
+        InferenceClient::new(self.channel())
     }
 
     // === its life ===

@@ -4,19 +4,20 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
+use bytes::Bytes;
 use tercet_proto::{GenerateSpec, ResumeSpec, v1};
 use tokio::time::Instant;
 use tonic::{Request, Status, Streaming};
 use tracing::{Instrument, Span};
 
 use super::trouble::{Trouble, answers_again, trouble};
-use super::{State, is_movable};
+use super::{State, call, is_movable};
 use crate::fleet::{Lease, NoPlace, Patience, Want};
 use crate::span;
 
 /// A stream at one worker.
 pub(super) struct Attempt {
-    pub(super) stream: Streaming<v1::GenerateResponse>,
+    pub(super) stream: Streaming<Bytes>,
     pub(super) lease: Lease,
     pub(super) span: Span,
     /// Messages that have come.
@@ -45,7 +46,7 @@ pub(super) enum Break {
 /// What became of a stream whose worker does not answer.
 pub(super) enum Relocation {
     /// The worker spoke after all.
-    Heard(Result<Option<v1::GenerateResponse>, Status>),
+    Heard(Result<Option<Bytes>, Status>),
     /// The stream is at another worker, or the worker answers again.
     Settled,
 }
@@ -158,14 +159,12 @@ impl State {
         lease: &Lease,
         span: &Span,
         spec: GenerateSpec,
-    ) -> Result<Streaming<v1::GenerateResponse>, Status> {
+    ) -> Result<Streaming<Bytes>, Status> {
         let mut request = Request::new(v1::GenerateRequest::from(spec));
         tercet_telemetry::inject(span, request.metadata_mut());
         if let Some(deadline) = self.deadline {
             request.set_timeout(deadline.saturating_duration_since(Instant::now()));
         }
-        let mut client = lease.link().client();
-        let response = client.generate(request).instrument(span.clone()).await?;
-        Ok(response.into_inner())
+        call::generate(lease.link().channel(), request).instrument(span.clone()).await
     }
 }

@@ -1,7 +1,7 @@
 //! Where the client's stream is, and what of a worker's stream still belongs into it.
 
-use tercet_proto::v1;
 use tercet_proto::v1::generate_response::Event;
+use tercet_proto::{raw, v1};
 
 /// Position of the client's stream.
 #[derive(Debug)]
@@ -22,9 +22,9 @@ pub(crate) struct Cursor {
 
 /// What to do with a message of a worker.
 #[derive(Debug, PartialEq)]
-pub(crate) enum Step {
+pub(crate) enum Step<M = v1::GenerateResponse> {
     /// The client gets it.
-    Forward(v1::GenerateResponse),
+    Forward(M),
     /// The client has it already.
     Skip,
     /// The worker's stream makes no sense: resume elsewhere.
@@ -54,6 +54,19 @@ impl Cursor {
     /// Expects the messages of a new worker from here on.
     pub(crate) fn begin_attempt(&mut self) {
         self.attempt += 1;
+    }
+
+    /// Takes an encoded message if all there is to it are the tokens that come next, and returns
+    /// their number. Any other has to be decoded.
+    pub(crate) fn pass(&mut self, message: &[u8]) -> Option<usize> {
+        self.prompt_tokens?;
+        let next = self.ids.len();
+        let delta = raw::Delta::peek(message, &mut self.ids)?;
+        if delta.tokens == 0 || usize::try_from(delta.index) != Ok(next) {
+            self.ids.truncate(next);
+            return None;
+        }
+        Some(delta.tokens)
     }
 
     /// Takes a worker's message.
@@ -244,6 +257,23 @@ mod tests {
         cursor.begin_attempt();
         assert_eq!(cursor.accept(started(7, 3)), Step::Skip);
         assert_eq!(cursor.accept(rest), Step::Skip);
+    }
+
+    #[test]
+    fn only_tokens_that_come_next_pass_undecoded() {
+        let message = |index, ids: &[u32]| raw::encode(&delta(index, ids, "x"));
+        let mut fresh = Cursor::new(7, Vec::new());
+        fresh.begin_attempt();
+        assert_eq!(fresh.pass(&message(0, &[1])), None, "before started");
+        let mut cursor = cursor();
+        for (index, ids) in [(2, &[12, 13][..]), (4, &[14]), (3, &[]), (u32::MAX, &[13])] {
+            assert_eq!(cursor.pass(&message(index, ids)), None, "{index}");
+        }
+        assert_eq!(cursor.pass(&raw::encode(&finished())), None);
+        assert_eq!(cursor.ids(), [10, 11, 12]);
+        assert_eq!(cursor.pass(&message(3, &[13, 14])), Some(2));
+        assert_eq!(cursor.ids(), [10, 11, 12, 13, 14]);
+        assert_eq!(cursor.accept(delta(4, &[14], "x")), Step::Skip);
     }
 
     #[test]

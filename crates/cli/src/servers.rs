@@ -5,7 +5,7 @@ use std::{future::Future, io, net::SocketAddr, sync::Arc};
 use anyhow::{Context as _, Result, anyhow};
 use futures::FutureExt as _;
 use tercet_cluster::{EtcdRegistry, MemoryRegistry, WorkerId};
-use tercet_gateway::{Gateway, LocalDialer, TcpDialer};
+use tercet_gateway::{Aliases, Gateway, LocalDialer, TcpDialer};
 use tercet_telemetry::{Admin, Metrics, Probe, serve_admin};
 use tercet_worker::Worker;
 use tokio::net::TcpListener;
@@ -61,7 +61,7 @@ async fn serve_until_stopped(args: &ServeArgs) -> Result<()> {
     config.engine = args.engine.options(None);
     config.drain_timeout = args.server.drain_timeout;
     let worker = Worker::build(config, registry.clone(), metrics.clone()).map_err(unbuilt)?;
-    let config = gateway_config(&args.gateway, &args.server);
+    let config = gateway_config(&args.gateway, &args.server)?;
     let gateway = Gateway::build(config, &*registry, Arc::new(dialer), metrics.clone())
         .beside(worker.administration());
 
@@ -133,7 +133,7 @@ async fn work_until_stopped(args: &WorkerArgs) -> Result<()> {
 async fn route_until_stopped(args: &GatewayArgs) -> Result<()> {
     let registry = etcd(&args.cluster)?;
     let metrics = Metrics::new();
-    let config = gateway_config(&args.limits, &args.server);
+    let config = gateway_config(&args.limits, &args.server)?;
     let dialer = Arc::new(TcpDialer::default());
     let refused = registry.refused();
     let gateway = Gateway::build(config, &registry, dialer, metrics.clone());
@@ -192,8 +192,10 @@ fn etcd(args: &ClusterArgs) -> Result<EtcdRegistry> {
     EtcdRegistry::connect(args.options()?).map_err(misconfigured)
 }
 
-fn gateway_config(limits: &GatewayLimits, server: &ServerArgs) -> tercet_gateway::Config {
-    tercet_gateway::Config {
+fn gateway_config(limits: &GatewayLimits, server: &ServerArgs) -> Result<tercet_gateway::Config> {
+    let aliases = Aliases::new(limits.alias.clone()).map_err(misconfigured)?;
+    Ok(tercet_gateway::Config {
+        aliases,
         max_streams: limits.max_streams,
         routing: limits.routing,
         max_queue: limits.max_queue,
@@ -204,7 +206,7 @@ fn gateway_config(limits: &GatewayLimits, server: &ServerArgs) -> tercet_gateway
         drain_delay: limits.drain_delay,
         drain_timeout: server.drain_timeout,
         ..tercet_gateway::Config::default()
-    }
+    })
 }
 
 /// Binds an address given by `flag`.

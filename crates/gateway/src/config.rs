@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use crate::Routing;
+use crate::{Aliases, Routing};
 
 /// How a gateway behaves. Plain data; every field has a default.
 #[derive(Clone, Debug)]
@@ -12,6 +12,8 @@ pub struct Config {
     pub max_queue: usize,
     /// Longest wait for a slot while workers answer and have no room.
     pub max_queue_wait: Duration,
+    /// Names that lead to models.
+    pub aliases: Aliases,
     /// How a worker is chosen for a request.
     pub routing: Routing,
     /// Most times one stream goes on at another worker. Workers that cannot be reached or have no
@@ -50,6 +52,7 @@ impl Default for Config {
             max_streams: 1024,
             max_queue: 256,
             max_queue_wait: Duration::from_secs(30),
+            aliases: Aliases::default(),
             routing: Routing::default(),
             max_moves: 8,
             worker_wait: Duration::from_secs(10),

@@ -15,6 +15,7 @@
 //! - The server drains: it refuses new requests, lets streams finish, and ends what is left with a
 //!   status that tells clients to resume elsewhere.
 
+mod aliases;
 mod config;
 mod dialer;
 mod fleet;
@@ -29,6 +30,7 @@ mod span;
 mod tests;
 
 pub use self::{
+    aliases::{Alias, AliasError, Aliases},
     config::Config,
     dialer::{DialError, Dialer, LocalDialer, LocalIncoming, TcpDialer},
     fleet::Reported,

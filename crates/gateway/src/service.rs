@@ -97,8 +97,10 @@ impl Service {
         // For gateways to ask of workers, not for clients.
         spec.alone_tokens = 0;
         let permit = self.admit()?;
-        let model = self.resolve(spec.model.as_deref(), patience.worker).await?;
         let seed = spec.seed().unwrap_or_else(draw_seed);
+        // A request that is resumed has its seed, and goes to the same model.
+        let key = session.unwrap_or(seed);
+        let model = self.resolve(spec.model.as_deref(), key, patience.worker).await?;
         let tokens = spec.stop.max_tokens.map_or(ASSUMED_TOKENS, u64::from);
         let mut want = self.0.fleet.want(model, tokens);
         if let Some(refused) = self.0.fleet.refusal(&want, patience.deadline) {
@@ -139,8 +141,23 @@ impl Service {
         })
     }
 
-    async fn resolve(&self, model: Option<&str>, until: Instant) -> Result<String, Status> {
-        self.0.fleet.resolve(model, until).await.map_err(Status::from)
+    /// Returns the model that a name means for requests with that key.
+    async fn resolve(
+        &self,
+        name: Option<&str>,
+        key: u64,
+        until: Instant,
+    ) -> Result<String, Status> {
+        let model = name.map(|name| self.0.config.aliases.resolve(name, key));
+        let resolved = self.0.fleet.resolve(model, until).await;
+        resolved.map_err(|error| match (name, model, error) {
+            (Some(name), Some(model), RouteError::Unknown { served, .. }) if name != model => {
+                Reason::ModelUnknown.status(format!(
+                    "alias {name:?} leads to {model:?}, which is not served here, only: {served}"
+                ))
+            }
+            (_, _, error) => error.into(),
+        })
     }
 
     /// Has a worker answer what costs it next to nothing.
@@ -157,10 +174,11 @@ impl Service {
         let span = span::server(ask.method, request.metadata());
         let answered = async {
             let patience = self.patience(&request);
+            let key = Offer::session(request.metadata()).unwrap_or_default();
             let mut message = (ask.check)(request.into_inner())?;
             let named = (ask.model)(&mut message);
             let asked = (!named.is_empty()).then_some(named.as_str());
-            let model = self.resolve(asked, patience.worker).await?;
+            let model = self.resolve(asked, key, patience.worker).await?;
             model.clone_into(named);
             let want = Want { computes: false, ..self.0.fleet.want(model, 1) };
             self.forward(Call { message, want, patience }, send).await
@@ -292,9 +310,10 @@ impl Inference for Service {
         let span = span::server("tercet.v1.Inference/Score", request.metadata());
         let answered = async {
             let patience = self.patience(&request);
+            let key = Offer::session(request.metadata()).unwrap_or_default();
             let mut spec = ScoreSpec::try_from(request.into_inner())?;
             let _permit = self.admit()?;
-            let model = self.resolve(spec.model.as_deref(), patience.worker).await?;
+            let model = self.resolve(spec.model.as_deref(), key, patience.worker).await?;
             spec.model = Some(model.clone());
             let tokens = u64::try_from(spec.tokens.len()).unwrap_or(u64::MAX);
             let want = self.0.fleet.want(model, tokens);
@@ -312,7 +331,7 @@ impl Inference for Service {
         &self,
         _request: Request<v1::ListModelsRequest>,
     ) -> Result<Response<v1::ListModelsResponse>, Status> {
-        let models = self.0.fleet.watch().borrow().models();
+        let models = self.0.config.aliases.listed(self.0.fleet.watch().borrow().models());
         Ok(Response::new(v1::ListModelsResponse { models }))
     }
 

@@ -6,7 +6,7 @@ use clap::{
     Args,
     builder::{PossibleValuesParser, TypedValueParser as _},
 };
-use tercet_gateway::Routing;
+use tercet_gateway::{Alias, Routing};
 
 use super::values::duration;
 
@@ -17,6 +17,11 @@ pub(crate) struct GatewayLimits {
     #[arg(long, env = "TERCET_MAX_STREAMS", value_name = "N", default_value_t = 1024)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) max_streams: u32,
+    /// Name that leads to a model, or to several that share its requests by weight; may be given
+    /// several times, or once with ; between. In the configuration file, the table [aliases]
+    #[arg(long, env = "TERCET_ALIAS", value_name = "NAME=MODEL[=WEIGHT][,...]")]
+    #[arg(value_delimiter = ';', value_parser = str::parse::<Alias>)]
+    pub(crate) alias: Vec<Alias>,
     /// How a worker is chosen: in turn, by the fewest outstanding tokens, by the better of two
     /// drawn, by the cached pages of the prompt, or by the session of the client (metadata
     /// tercet-session-id)

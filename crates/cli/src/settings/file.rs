@@ -1,14 +1,21 @@
 //! The configuration file, read: names, values and the lines they are on.
 
 use std::{
+    borrow::Cow,
     fs,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, Result, anyhow};
-use toml::de::{DeTable, DeValue};
+use toml::{
+    Spanned,
+    de::{DeTable, DeValue},
+};
 
 use crate::failure::misconfigured;
+
+/// The table of aliases, which are settings of no single command.
+const ALIASES: &str = "aliases";
 
 /// A setting of the file.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -64,7 +71,16 @@ fn parse(text: &str) -> Result<Vec<Entry>, (usize, String)> {
     let mut entries = Vec::new();
     for (key, value) in document.get_ref() {
         let at = line(key.span().start);
-        if let DeValue::Table(table) = value.get_ref() {
+        if let (ALIASES, DeValue::Table(table)) = (key.get_ref().as_ref(), value.get_ref()) {
+            let aliases = table.iter().map(|(name, value)| {
+                alias(name.get_ref(), value.get_ref()).ok_or_else(|| {
+                    let (at, name) = (line(name.span().start), name.get_ref());
+                    (at, format!("{name}: expected a model, or a table of models and weights"))
+                })
+            });
+            let value = Value::Many(aliases.collect::<Result<_, _>>()?);
+            entries.push(Entry { table: None, key: "alias".to_owned(), value, line: at });
+        } else if let DeValue::Table(table) = value.get_ref() {
             for (inner, value) in table {
                 let at = line(inner.span().start);
                 let value = self::value(value.get_ref())
@@ -81,6 +97,24 @@ fn parse(text: &str) -> Result<Vec<Entry>, (usize, String)> {
     }
     entries.sort_by_key(|entry| entry.line);
     Ok(entries)
+}
+
+/// Returns an alias as a flag would be given it.
+fn alias(name: &str, value: &DeValue<'_>) -> Option<String> {
+    // A name with these in it would be taken for something else.
+    let is_plain = |name: &str| !name.contains(['=', ',', ';']);
+    let targets = match value {
+        DeValue::String(model) if is_plain(model) => model.to_string(),
+        DeValue::Table(weights) => {
+            let target = |(model, weight): (&Spanned<_>, &Spanned<DeValue<'_>>)| {
+                let model: &Cow<'_, str> = model.get_ref();
+                is_plain(model).then_some(format!("{model}={}", word(weight.get_ref())?))
+            };
+            weights.iter().map(target).collect::<Option<Vec<_>>>()?.join(",")
+        }
+        _ => return None,
+    };
+    is_plain(name).then(|| format!("{name}={targets}"))
 }
 
 fn wrong_kind(key: &str) -> String {

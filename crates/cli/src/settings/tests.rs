@@ -3,6 +3,7 @@
 use std::fs;
 
 use tercet_cluster::{EtcdCredentials, EtcdPassword, EtcdTls};
+use tercet_gateway::Alias;
 
 use super::*;
 use crate::args::Command as Asks;
@@ -129,6 +130,33 @@ fn every_setting_says_where_it_comes_from() {
     let shown = config.shown("worker");
     assert_eq!(shown("etcd").0, "", "shown, though it must be given to run");
     assert_eq!(shown("max-sequences"), pair("32", "default"));
+}
+
+#[test]
+fn aliases_have_a_table() {
+    let config = Config::new(
+        "[aliases]\nchat = \"demo\"\nbest = { \"demo\" = 90, \"demo-v2\" = 10 }\n[serve]\nthreads = 2\n",
+    );
+    let Asks::Serve(serve) = config.command("serve") else { panic!() };
+    let expected: Vec<Alias> =
+        vec!["best=demo=90,demo-v2=10".parse().unwrap(), "chat=demo".parse().unwrap()];
+    let mut aliases = serve.gateway.alias;
+    aliases.sort_by(|one, other| one.name.cmp(&other.name));
+    assert_eq!(aliases, expected);
+    let Asks::Serve(serve) = config.command("serve --alias x=y") else { panic!() };
+    assert_eq!(serve.gateway.alias, ["x=y".parse().unwrap()]);
+    let Ok(Asked::Show(text)) = config.read("serve --print-config") else { panic!() };
+    let again = Config::new(&text);
+    let Asks::Serve(serve) = again.command("serve") else { panic!() };
+    assert_eq!(serve.gateway.alias.len(), 2, "{text}");
+    for (wrong, said) in [
+        ("[aliases]\nchat = 3\n", "file:2: chat: expected a model"),
+        ("[aliases]\nchat = \"a=b\"\n", "file:2: chat: expected a model"),
+        ("[aliases]\nchat = { demo = -1 }\n", "file:1: alias = [\"chat=demo=-1\"]"),
+    ] {
+        let mistake = Config::new(wrong).mistake("serve");
+        assert!(mistake.starts_with(said), "{mistake}");
+    }
 }
 
 #[test]

@@ -14,13 +14,13 @@ use tokio::{
 
 const SLOTS: u32 = 4;
 const LOAD: f64 = 0.95;
-/// Completions of 4 to 200 tokens, most of them short: Pareto with this exponent.
+/// Completions of 4 to 100 tokens, most of them short: Pareto with this exponent.
 const SHAPE: f64 = 1.5;
 const SHORTEST: f64 = 4.0;
-const LONGEST: f64 = 200.0;
+const LONGEST: f64 = 100.0;
 /// Tokens per second of a stream: slow enough for what a request costs this machine to be little
 /// beside what it takes.
-const RATE: f64 = 25.0;
+const RATE: f64 = 10.0;
 /// The p99 of waits may be so many times that of one queue,
 const WORSE: f64 = 1.2;
 /// and so much longer: what a request takes through the gateway on a busy machine.
@@ -59,7 +59,7 @@ fn length(dice: &mut Dice) -> u32 {
     let cut = (SHORTEST / LONGEST).powf(SHAPE);
     let part = 1.0 - dice.fraction() * (1.0 - cut);
     let length = SHORTEST / part.powf(1.0 / SHAPE);
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "4 to 200")]
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "4 to 100")]
     let length = length.round() as u32;
     length
 }
@@ -109,7 +109,7 @@ async fn run(lab: &Lab, workers: u32, last: Duration, seed: u64) -> Result<Vec<A
 
 /// Returns the part of what all slots can do that full slots do.
 async fn saturated(lab: &Lab, workers: u32) -> Result<f64> {
-    const TOKENS: u32 = 100;
+    const TOKENS: u32 = 50;
     let begun = Instant::now();
     let mut running = JoinSet::new();
     for number in 0..u64::from(workers * SLOTS) {
@@ -124,7 +124,7 @@ async fn saturated(lab: &Lab, workers: u32) -> Result<f64> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn waits_are_those_of_one_queue_and_rates_add_up() -> Result<()> {
     let (sizes, seconds): (&[u32], _) =
-        if full() { (&[1, 2, 4, 8, 16], 120) } else { (&[1, 4], 20) };
+        if full() { (&[1, 2, 4, 8, 16], 60) } else { (&[1, 4], 30) };
     let seed = seed_of("TERCET_BALANCE_SEED")?;
     let mut single = None;
     for &workers in sizes {

@@ -42,7 +42,7 @@ pub use self::{
     error::ModelError,
     load::{LoadProgress, Report},
     output::Progress,
-    summary::{Summary, TensorSummary, TokenizerSummary, Totals},
+    summary::{DecodeBytes, Summary, TensorSummary, TokenizerSummary, Totals},
     weights::{HeadWeights, LayerWeights, StageWeights},
 };
 

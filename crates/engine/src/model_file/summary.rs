@@ -3,10 +3,11 @@
 use std::{collections::BTreeMap, fmt};
 
 use serde::Serialize;
+use tercet_kernels::SCALE_BLOCK;
 use tercet_text::TokenizerSource;
 
 use super::tensors::Tensor;
-use super::{GenerationDefaults, ModelConfig, ModelFile, ModelFormat};
+use super::{ActivationScheme, GenerationDefaults, ModelConfig, ModelFile, ModelFormat};
 
 /// What a model file holds. Serialises to JSON; displays as text.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -25,6 +26,8 @@ pub struct Summary {
     pub tokenizer: TokenizerSummary,
     /// Sums over all tensors.
     pub totals: Totals,
+    /// What one token costs in memory traffic.
+    pub decode: DecodeBytes,
     /// Every tensor, in the order of the forward pass.
     pub tensors: Vec<TensorSummary>,
 }
@@ -57,6 +60,21 @@ pub struct Totals {
     pub bytes: u64,
     /// Bytes of the ternary tensors in the file.
     pub ternary_bytes: u64,
+}
+
+/// Bytes that computing one token of one sequence reads, which bounds its rate. Norms and the token's
+/// row of the embedding are left out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct DecodeBytes {
+    /// The ternary weights of all layers, two bits each.
+    pub ternary: u64,
+    /// Their scales of blocks, if the model's scheme has them. Where a file of another scheme has
+    /// blocks that differ, known only once it is loaded, these come on top.
+    pub scales: u64,
+    /// The head, as it is stored.
+    pub head: u64,
+    /// Keys and values, for each position before the token.
+    pub kv_per_position: u64,
 }
 
 /// One tensor in short.
@@ -107,8 +125,26 @@ impl ModelFile {
                 chat_template: self.chat_template.is_some(),
             },
             totals,
+            decode: self.decode_bytes(),
             tensors,
         }
+    }
+
+    fn decode_bytes(&self) -> DecodeBytes {
+        let head = self.tensors.head.as_ref().unwrap_or(&self.tensors.embed);
+        let mut decode = DecodeBytes {
+            head: head.range.len() as u64,
+            kv_per_position: self.config.kv_bytes_per_position() as u64,
+            ..DecodeBytes::default()
+        };
+        for Tensor { rows, cols, .. } in self.tensors.iter().filter(|t| t.storage.is_ternary()) {
+            decode.ternary += (*rows as u64) * (*cols as u64) / 4;
+            if self.config.activations == ActivationScheme::Block64 {
+                let blocks = (*rows as u64) * (cols.div_ceil(SCALE_BLOCK) as u64);
+                decode.scales += blocks * size_of::<f32>() as u64;
+            }
+        }
+        decode
     }
 
     /// Returns how the file stores most of its ternary weights; empty if it has none.
@@ -198,6 +234,16 @@ impl fmt::Display for Summary {
             f,
             "weights     {parameters} ({ternary_parameters} ternary) in {tensors} tensors, {}",
             bytes(self.totals.bytes)
+        )?;
+        let DecodeBytes { ternary, scales, head, kv_per_position } = self.decode;
+        writeln!(
+            f,
+            "a token     reads {} of ternary weights, {} of scales, {} of head, {} for each \
+             position before it",
+            bytes(ternary),
+            bytes(scales),
+            bytes(head),
+            bytes(kv_per_position)
         )?;
         writeln!(f)?;
         let width = |column: fn(&TensorSummary) -> usize| {

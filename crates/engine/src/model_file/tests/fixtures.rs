@@ -298,7 +298,14 @@ fn the_summary_counts_everything() {
     for line in ["format      Hugging Face folder, packed ternary", "end [510, 511]"] {
         assert!(text.contains(line), "{line} is missing in\n{text}");
     }
-    assert_eq!(text.lines().count(), 13 + 35);
+    assert_eq!(text.lines().count(), 14 + 35);
+
+    // The head is the embedding, of 16 bits; blocks of 64 weights have an f32 each.
+    assert_eq!(summary.decode.ternary, ternary / 4);
+    assert_eq!(summary.decode.scales, 0);
+    assert_eq!(summary.decode.head, 512 * 256 * 2);
+    let blocks = open("gguf/qwen3-q2_0.gguf").summary();
+    assert_eq!(blocks.decode.scales, blocks.totals.ternary_parameters / 64 * 4);
 }
 
 #[test]

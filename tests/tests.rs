@@ -18,6 +18,7 @@ mod pipeline;
 mod pods;
 mod readme;
 mod records;
+mod rolling;
 mod soak;
 mod stall;
 mod synthetic;

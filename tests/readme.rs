@@ -7,6 +7,8 @@ use tercet_tests::{Tercet, run, tool, workspace};
 
 /// Where the documents say that the server listens.
 const ADDRESS: &str = "127.0.0.1:7171";
+/// Where they say that it serves its operators.
+const ADMIN_ADDRESS: &str = "127.0.0.1:7173";
 
 /// Returns the commands of the `sh` blocks of a document; lines continued by `\` are one.
 fn commands(document: &str) -> Result<Vec<String>> {
@@ -29,10 +31,13 @@ fn commands(document: &str) -> Result<Vec<String>> {
 }
 
 /// Runs a command of a document in a shell at the root of the checkout, with the installed parts on
-/// the path and the server's address in place of the documented one.
-fn shell(command: &str, address: &str) -> Result<String> {
+/// the path and the server's addresses in place of the documented ones.
+fn shell(command: &str, address: &str, admin: &str) -> Result<String> {
     let binary = Tercet::binary().to_string_lossy().into_owned();
-    let command = command.replace(ADDRESS, address).replace("target/release/tercet", &binary);
+    let command = command
+        .replace(ADDRESS, address)
+        .replace(ADMIN_ADDRESS, admin)
+        .replace("target/release/tercet", &binary);
     let path = std::env::var("PATH").unwrap_or_default();
     let tools = workspace().join("target/tools/bin");
     let mut shell = Command::new("bash");
@@ -49,10 +54,12 @@ async fn the_commands_of_the_readme_work() -> Result<()> {
     let mut commands = commands("README.md")?.into_iter();
     ensure!(commands.next().as_deref() == Some("cargo run --release -- serve"), "first command");
     ensure!(commands.next().as_deref() == Some("tests/run"), "second command");
-    let server = Tercet::start(["serve", "--listen", "127.0.0.1:0"])?;
+    let listeners = ["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"];
+    let mut server = Tercet::start(["serve"].iter().chain(&listeners))?;
     server.serving().await?;
+    let admin = server.listener("admin")?;
     for command in commands {
-        let said = shell(&command, server.address())?;
+        let said = shell(&command, server.address(), &admin)?;
         check(&command, &said).with_context(|| format!("{command}\n{said}"))?;
     }
     Ok(())
@@ -71,6 +78,11 @@ fn check(command: &str, said: &str) -> Result<()> {
         _ if command.contains("Inference/Generate") => {
             &["\"started\"", "\"delta\"", "\"finished\"", "FINISH_REASON_MAX_TOKENS"]
         }
+        _ if command.contains("status") && command.contains("--json") => {
+            &["\"worker_id\": \"local\"", "\"free_kv_tokens\""]
+        }
+        _ if command.contains("tercet status") => &["gateway ", "demo", "local", "connected"],
+        _ if command.contains("Admin/GetStatus") => &["\"workerId\": \"local\"", "\"models\""],
         _ if command.contains("model list") => &["demo", "ready", "unassigned"],
         _ if command.ends_with("list") => {
             &["tercet.v1.Inference", "grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection"]

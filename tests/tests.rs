@@ -12,6 +12,7 @@ mod failover;
 mod fixtures;
 mod models;
 mod network;
+mod operate;
 mod outage;
 mod overload;
 mod pipeline;

@@ -3,6 +3,7 @@
 mod cluster;
 mod gateway;
 mod model;
+mod operate;
 mod sampling;
 mod values;
 
@@ -21,6 +22,7 @@ pub(crate) use self::{
     cluster::ClusterArgs,
     gateway::GatewayLimits,
     model::{ModelAction, ModelCommand, PullArgs, WorkerAddress},
+    operate::{AdminAddress, AdminArgs, DrainArgs, StatusArgs, TopArgs},
     sampling::SamplingArgs,
     values::{ByteSize, Layers, ServedModel},
 };
@@ -28,6 +30,9 @@ use crate::{failure::misconfigured, profile::Profile};
 
 /// Where servers listen and clients connect unless told otherwise.
 const DEFAULT_ADDRESS: &str = "127.0.0.1:7171";
+
+/// Where gateways serve operators unless told otherwise, if they can.
+pub(crate) const DEFAULT_ADMIN_ADDRESS: &str = "127.0.0.1:7173";
 
 /// Serves ternary language models from CPUs, alone or as a cluster.
 ///
@@ -72,6 +77,12 @@ pub(crate) enum Command {
     Generate(GenerateArgs),
     /// Talk with a model, line by line
     Chat(ChatArgs),
+    /// Show the workers and the models of a cluster
+    Status(StatusArgs),
+    /// Show them live, until q is pressed
+    Top(TopArgs),
+    /// Have a worker finish or hand over its streams, leave the cluster and stop
+    Drain(DrainArgs),
     /// Measure prefill and decode speed of the engine
     Bench(BenchArgs),
     /// Look into model files, convert them, make them up; load and unload models of a server
@@ -108,6 +119,8 @@ pub(crate) struct ServeArgs {
     pub(crate) engine: EngineArgs,
     #[command(flatten)]
     pub(crate) gateway: GatewayLimits,
+    #[command(flatten)]
+    pub(crate) admin: AdminArgs,
     #[command(flatten)]
     pub(crate) server: ServerArgs,
 }
@@ -149,6 +162,8 @@ pub(crate) struct GatewayArgs {
     pub(crate) cluster: ClusterArgs,
     #[command(flatten)]
     pub(crate) limits: GatewayLimits,
+    #[command(flatten)]
+    pub(crate) admin: AdminArgs,
     #[command(flatten)]
     pub(crate) server: ServerArgs,
 }

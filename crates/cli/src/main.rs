@@ -12,6 +12,7 @@ mod completions;
 mod failure;
 mod generate;
 mod model;
+mod operate;
 mod output;
 mod process;
 mod profile;
@@ -62,6 +63,9 @@ fn run(cli: Cli, flags: BTreeMap<String, Vec<String>>) -> anyhow::Result<()> {
         Command::Gateway(args) => servers::gateway(&args, &log),
         Command::Generate(args) => generate::run(&args, &log),
         Command::Chat(args) => chat::run(&args, flags, &log),
+        Command::Status(args) => operate::status(&args, &log),
+        Command::Top(args) => operate::top(&args, &log),
+        Command::Drain(args) => operate::drain(&args, &log),
         Command::Bench(args) => bench::run(&args),
         Command::Model(args) => model::run(&args.action, &log),
         Command::Completions { shell } => completions::run(shell),

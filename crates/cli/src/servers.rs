@@ -5,7 +5,7 @@ use std::{future::Future, io, net::SocketAddr, sync::Arc};
 use anyhow::{Context as _, Result, anyhow};
 use futures::FutureExt as _;
 use tercet_cluster::{EtcdRegistry, MemoryRegistry, WorkerId};
-use tercet_gateway::{Aliases, Gateway, LocalDialer, TcpDialer};
+use tercet_gateway::{Administration, Aliases, Gateway, LocalDialer, TcpDialer};
 use tercet_telemetry::{Admin, Metrics, Probe, serve_admin};
 use tercet_worker::Worker;
 use tokio::net::TcpListener;
@@ -13,7 +13,10 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::server::TcpIncoming;
 
 use crate::{
-    args::{ClusterArgs, GatewayArgs, GatewayLimits, LogArgs, ServeArgs, ServerArgs, WorkerArgs},
+    args::{
+        AdminArgs, ClusterArgs, DEFAULT_ADMIN_ADDRESS, GatewayArgs, GatewayLimits, LogArgs,
+        ServeArgs, ServerArgs, WorkerArgs,
+    },
     failure::{misconfigured, unbuilt},
     output::print_line,
     process::{self, Identity},
@@ -72,10 +75,13 @@ async fn serve_until_stopped(args: &ServeArgs) -> Result<()> {
         live: Probe::new(move || condition.live()),
         ready: Probe::new(move || readiness.check()),
     };
-    let admin = bind_admin(&args.server, admin).await?;
+    let beside = Beside {
+        metrics: bind_metrics(&args.server, admin).await?,
+        operators: bind_operators(&args.admin, gateway.administration()).await?,
+    };
     args.engine.log();
     announce(&listener)?;
-    until_stopped(admin, |stop| async move {
+    until_stopped(beside, |stop| async move {
         // The gateway drains first: the streams it finishes are the worker's.
         let worker_stop = CancellationToken::new();
         let gateway = gateway.serve(listener, stop.clone().cancelled_owned());
@@ -115,10 +121,10 @@ async fn work_until_stopped(args: &WorkerArgs) -> Result<()> {
         live: Probe::new(move || live.live()),
         ready: Probe::new(move || ready.ready()),
     };
-    let admin = bind_admin(&args.server, admin).await?;
+    let beside = Beside { metrics: bind_metrics(&args.server, admin).await?, operators: None };
     args.engine.log();
     announce(&listener)?;
-    until_stopped(admin, |stop| async move {
+    until_stopped(beside, |stop| async move {
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         tokio::select! {
             biased;
@@ -142,9 +148,12 @@ async fn route_until_stopped(args: &GatewayArgs) -> Result<()> {
     let readiness = gateway.readiness();
     let ready = Probe::new(move || readiness.check());
     let admin = Admin { metrics, live: Probe::always(), ready };
-    let admin = bind_admin(&args.server, admin).await?;
+    let beside = Beside {
+        metrics: bind_metrics(&args.server, admin).await?,
+        operators: bind_operators(&args.admin, gateway.administration()).await?,
+    };
     announce(&listener)?;
-    until_stopped(admin, |stop| async move {
+    until_stopped(beside, |stop| async move {
         tokio::select! {
             served = gateway.serve(listener, stop.cancelled_owned()).boxed() => Ok(served?),
             refused = refused => Err(misconfigured(refused)),
@@ -153,12 +162,15 @@ async fn route_until_stopped(args: &GatewayArgs) -> Result<()> {
     .await
 }
 
-/// Runs a server, and the admin server if there is one, until a signal has drained it. A second
-/// signal does not wait for the drain.
-async fn until_stopped<F>(
-    admin: Option<(TcpListener, Admin)>,
-    serve: impl FnOnce(CancellationToken) -> F,
-) -> Result<()>
+/// What a process serves besides its service.
+struct Beside {
+    metrics: Option<(TcpListener, Admin)>,
+    operators: Option<(TcpListener, Administration)>,
+}
+
+/// Runs a server, and what is beside it, until a signal has drained it. A second signal does not
+/// wait for the drain.
+async fn until_stopped<F>(beside: Beside, serve: impl FnOnce(CancellationToken) -> F) -> Result<()>
 where
     F: Future<Output = Result<()>>,
 {
@@ -166,12 +178,22 @@ where
     let stop = CancellationToken::new();
     // Told to the last: probes and scrapes see the drain.
     let admin_stop = CancellationToken::new();
-    let admin = async {
-        match admin {
+    let Beside { metrics, operators } = beside;
+    let metrics = async {
+        match metrics {
             Some((listener, admin)) => {
                 serve_admin(listener, admin, admin_stop.clone().cancelled_owned())
                     .await
                     .context("serve metrics")
+            }
+            None => Ok(()),
+        }
+    };
+    let operators = async {
+        match operators {
+            Some((listener, operators)) => {
+                let stopped = admin_stop.clone().cancelled_owned();
+                operators.serve(listener, stopped).await.context("serve operators")
             }
             None => Ok(()),
         }
@@ -184,8 +206,8 @@ where
         admin_stop.cancel();
         served
     };
-    let (served, admin) = tokio::join!(served, admin);
-    served.and(admin)
+    let (served, metrics, operators) = tokio::join!(served, metrics, operators);
+    served.and(metrics).and(operators)
 }
 
 fn etcd(args: &ClusterArgs) -> Result<EtcdRegistry> {
@@ -228,11 +250,40 @@ async fn bind(address: &str, flag: &'static str) -> Result<TcpListener> {
     })
 }
 
-async fn bind_admin(args: &ServerArgs, admin: Admin) -> Result<Option<(TcpListener, Admin)>> {
+async fn bind_metrics(args: &ServerArgs, admin: Admin) -> Result<Option<(TcpListener, Admin)>> {
     let Some(address) = &args.metrics_listen else { return Ok(None) };
     let listener = bind(address, "metrics-listen").await?;
     print_line(&format!("metrics listening on {}", local_address(&listener)?))?;
     Ok(Some((listener, admin)))
+}
+
+/// Binds where operators are served, unless that is off. The default address gives way to whoever
+/// has it already: several gateways may share a machine.
+async fn bind_operators(
+    args: &AdminArgs,
+    operators: Administration,
+) -> Result<Option<(TcpListener, Administration)>> {
+    let listener = match args.admin_listen.as_deref() {
+        Some("off") => return Ok(None),
+        Some(address) => {
+            let listener = bind(address, "admin-listen").await?;
+            print_line(&format!("admin listening on {}", local_address(&listener)?))?;
+            listener
+        }
+        None => match TcpListener::bind(DEFAULT_ADMIN_ADDRESS).await {
+            Ok(listener) => listener,
+            Err(error) => {
+                tracing::info!(
+                    address = DEFAULT_ADMIN_ADDRESS,
+                    %error,
+                    "operators are not served: another process may have the address, give \
+                     --admin-listen"
+                );
+                return Ok(None);
+            }
+        },
+    };
+    Ok(Some((listener, operators)))
 }
 
 /// Tells scripts where gRPC is served.

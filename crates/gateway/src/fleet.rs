@@ -20,6 +20,7 @@ mod link;
 mod pace;
 mod pulse;
 mod report;
+mod status;
 mod vigil;
 
 use self::health::Ejection;

@@ -15,6 +15,7 @@
 //! - The server drains: it refuses new requests, lets streams finish, and ends what is left with a
 //!   status that tells clients to resume elsewhere.
 
+mod admin;
 mod aliases;
 mod config;
 mod dialer;
@@ -30,6 +31,7 @@ mod span;
 mod tests;
 
 pub use self::{
+    admin::Administration,
     aliases::{Alias, AliasError, Aliases},
     config::Config,
     dialer::{DialError, Dialer, LocalDialer, LocalIncoming, TcpDialer},

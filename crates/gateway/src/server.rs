@@ -20,7 +20,7 @@ use tonic_health::server::HealthReporter;
 use crate::fleet::{self, Fleet};
 use crate::front::Front;
 use crate::service::{self, Service, Shared};
-use crate::{Config, Dialer, Policy};
+use crate::{Administration, Config, Dialer, Policy};
 
 /// How long the last messages of ended streams get to reach their clients.
 pub(crate) const FLUSH: Duration = Duration::from_secs(1);
@@ -105,6 +105,11 @@ impl Gateway {
     pub fn beside(mut self, worker: Routes) -> Self {
         self.beside = Some(worker);
         self
+    }
+
+    /// Returns the `Admin` service, for a listener of its own.
+    pub fn administration(&self) -> Administration {
+        Administration::new(Arc::clone(&self.shared), self.view.clone())
     }
 
     /// Returns what tells whether this gateway should get requests.

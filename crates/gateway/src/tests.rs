@@ -1,6 +1,7 @@
 //! The gateway over fake workers: real gRPC through memory, with wires that can be cut, and a clock
 //! that jumps instead of waiting.
 
+mod admin;
 mod aliases;
 mod bench;
 mod fake;

@@ -82,7 +82,8 @@ mod tests {
             .flat_map(|file| file.service.iter().map(|s| format!("{}.{}", file.package, s.name)))
             .collect();
         services.sort();
-        assert_eq!(services, ["tercet.v1.Inference", "tercet.v1.Pipeline", "tercet.v1.Worker"]);
+        let expected = ["Admin", "Inference", "Pipeline", "Worker"];
+        assert_eq!(services, expected.map(|name| format!("tercet.v1.{name}")));
     }
 
     #[test]

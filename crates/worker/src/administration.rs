@@ -81,6 +81,24 @@ impl Worker for AdministrationService {
         }))
     }
 
+    async fn drain(
+        &self,
+        request: Request<v1::DrainRequest>,
+    ) -> Result<Response<v1::DrainResponse>, Status> {
+        let (core, id) = (&self.core, request.into_inner().worker_id);
+        if !id.is_empty() && id != core.config.id.as_str() {
+            return Err(Status::failed_precondition(format!(
+                "this is worker {}, not {id:?}",
+                core.config.id
+            )));
+        }
+        // At once, so that nothing new has come when the caller reads the answer.
+        core.drain();
+        core.told_to_stop.cancel();
+        let streams = core.models().iter().map(|model| model.meter.admitted()).sum();
+        Ok(Response::new(v1::DrainResponse { streams: wire(streams) }))
+    }
+
     async fn load_model(
         &self,
         request: Request<v1::LoadModelRequest>,

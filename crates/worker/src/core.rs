@@ -46,6 +46,8 @@ pub(crate) struct Core {
     /// Grows whenever something begins or ends at one of the models.
     traffic: watch::Sender<u64>,
     draining: AtomicBool,
+    /// Cancelled when an operator wants the worker to stop.
+    pub(crate) told_to_stop: CancellationToken,
     /// Cancelled when a drain has lasted too long: whatever is active must end.
     pub(crate) evicted: CancellationToken,
     /// Cancelled at the end: the models leave memory.
@@ -71,6 +73,7 @@ impl Core {
             changes: watch::Sender::new(0),
             traffic: watch::Sender::new(0),
             draining: AtomicBool::new(false),
+            told_to_stop: CancellationToken::new(),
             evicted: CancellationToken::new(),
             closing: CancellationToken::new(),
             generations: AtomicU64::new(0),

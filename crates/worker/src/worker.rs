@@ -184,7 +184,8 @@ impl Worker {
         AdministrationService::new(Arc::clone(&self.core), Arc::clone(&self.registry))
     }
 
-    /// Serves the connections of `incoming` until `shutdown` resolves, then drains:
+    /// Serves the connections of `incoming` until `shutdown` resolves, or `Worker.Drain` is called,
+    /// then drains:
     ///
     /// 1. Health turns to NOT_SERVING, the registry says draining, and new requests are refused
     ///    with UNAVAILABLE (DRAINING).
@@ -248,6 +249,7 @@ impl Worker {
         let (ended, accepting) = tokio::select! {
             served = &mut server => (served.map_err(ServeError::Transport), false),
             () = shutdown => (Ok(()), true),
+            () = core.told_to_stop.cancelled() => (Ok(()), true),
             // None of them ends by itself.
             Some(ended) = background.join_next() => (flatten(ended), true),
             Some(error) = failed.recv() => (Err(error.into()), true),

@@ -58,6 +58,23 @@ impl Worker for Administration {
         Err(only_one())
     }
 
+    async fn drain(
+        &self,
+        request: Request<v1::DrainRequest>,
+    ) -> Result<Response<v1::DrainResponse>, Status> {
+        let (shared, asked) = (&self.0, request.into_inner().worker_id);
+        if !self.0.options.has(Omission::Drain) {
+            return Err(Status::unimplemented("this worker is of an older release"));
+        }
+        if !asked.is_empty() && asked != shared.options.id.as_str() {
+            return Err(Status::failed_precondition("another worker is meant"));
+        }
+        shared.state.send_replace(v1::ModelState::Draining);
+        shared.told_to_stop.cancel();
+        let Counts { running, waiting, .. } = shared.load.counts();
+        Ok(Response::new(v1::DrainResponse { streams: running + waiting }))
+    }
+
     async fn watch_load(
         &self,
         request: Request<v1::WatchLoadRequest>,

@@ -30,6 +30,8 @@ pub(super) struct Shared {
     pub(super) pace: watch::Sender<Duration>,
     /// How far the worker is.
     pub(super) state: watch::Sender<v1::ModelState>,
+    /// Cancelled when an operator wants the worker to stop.
+    pub(super) told_to_stop: CancellationToken,
     /// Cancelled when streams must end.
     pub(super) evicted: CancellationToken,
 }

@@ -52,15 +52,18 @@ pub enum Omission {
     Timings,
     /// `watch-load`: there is no `WatchLoad`.
     WatchLoad,
+    /// `drain`: it can only be told by SIGTERM to stop.
+    Drain,
     /// `model-state`: its record in the registry tells neither state nor generation of models.
     ModelState,
 }
 
 impl Omission {
     /// Every one, with its name.
-    pub const ALL: [(&'static str, Self); 3] = [
+    pub const ALL: [(&'static str, Self); 4] = [
         ("timings", Self::Timings),
         ("watch-load", Self::WatchLoad),
+        ("drain", Self::Drain),
         ("model-state", Self::ModelState),
     ];
 

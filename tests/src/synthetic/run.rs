@@ -59,6 +59,7 @@ pub async fn run(options: Options) -> Result<()> {
         load: Load::new(&options),
         pace: watch::Sender::new(options.pace()),
         state: watch::Sender::new(v1::ModelState::Loading),
+        told_to_stop: CancellationToken::new(),
         evicted: CancellationToken::new(),
         // Greater for everything that happens later.
         epoch: micros_now(),
@@ -131,6 +132,7 @@ impl Signals {
         loop {
             tokio::select! {
                 _ = self.term.recv() => return,
+                () = shared.told_to_stop.cancelled() => return,
                 _ = self.slower.recv() => {
                     shared.pace.send_replace(pace.saturating_mul(shared.options.slow));
                 }

@@ -6,7 +6,7 @@ use tercet_engine::model_file::synth::Shape;
 use super::*;
 
 /// Arguments of one call rather than settings of an installation.
-const ONE_SHOT: [&str; 43] = [
+const ONE_SHOT: [&str; 45] = [
     "batch",
     "choice",
     "context",
@@ -50,6 +50,8 @@ const ONE_SHOT: [&str; 43] = [
     "verbose",
     "version",
     "vocab",
+    "wait",
+    "worker",
 ];
 
 /// Calls `check` with every argument of every command.
@@ -118,6 +120,12 @@ fn the_fixed_spellings_parse() {
         "model convert a b --force --type tq1_0 --lora l",
         "model pull o/n@v1 --out d --file *.gguf --endpoint http://127.0.0.1:1",
         "model synth --shape bitnet-2b-4t --type i2_s --head q6_k --seed 1 --layers 3 --hidden 96 --mlp 160 --kv-heads 1 --out f",
+        "status --json",
+        "status --connect 127.0.0.1:7173",
+        "top --admin 127.0.0.1:7173",
+        "drain w1 --wait",
+        "drain --wait=1m w1 --connect 127.0.0.1:7173",
+        "gateway --etcd a:1 --admin-listen off",
         "--log debug serve",
         "serve --log-format json",
     ] {
@@ -151,6 +159,8 @@ fn wrong_usage_is_refused() {
         ("generate --prompt x --presence-penalty 3", ErrorKind::ValueValidation),
         ("generate --prompt x --logit-bias 3", ErrorKind::ValueValidation),
         ("generate --prompt x --logprobs 21", ErrorKind::ValueValidation),
+        ("drain", ErrorKind::MissingRequiredArgument),
+        ("drain w1 --wait=soon", ErrorKind::ValueValidation),
         ("bench --batch 0", ErrorKind::ValueValidation),
         ("model synth --shape 9b --out f", ErrorKind::ValueValidation),
         ("serve --log-format xml", ErrorKind::ValueValidation),

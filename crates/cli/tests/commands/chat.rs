@@ -86,8 +86,8 @@ fn mistakes_in_a_chat_do_not_end_it() {
     assert!(lines[5].contains(" tokens/s, first token after "), "{said}");
 }
 
-/// A chat at a pseudo-terminal, which `script` makes.
-struct Terminal {
+/// A command at a pseudo-terminal, which `script` makes.
+pub(crate) struct Terminal {
     child: Child,
     keys: ChildStdin,
     shown: Receiver<Vec<u8>>,
@@ -103,7 +103,7 @@ impl Terminal {
     }
 
     /// Runs a line of a shell; `tercet` in it is the binary.
-    fn run(line: &str, state: &str) -> Self {
+    pub(crate) fn run(line: &str, state: &str) -> Self {
         let binary = tercet([""; 0]);
         let mut command = Command::new("script");
         let line = line.replace("tercet", binary.get_program().to_str().unwrap());
@@ -131,13 +131,13 @@ impl Terminal {
         Self { child, keys, shown, screen: String::new() }
     }
 
-    fn press(&mut self, keys: &str) {
+    pub(crate) fn press(&mut self, keys: &str) {
         self.keys.write_all(keys.as_bytes()).unwrap();
         self.keys.flush().unwrap();
     }
 
     /// Waits until `text` is shown, and returns what was shown before it.
-    fn expect(&mut self, text: &str) -> String {
+    pub(crate) fn expect(&mut self, text: &str) -> String {
         loop {
             if let Some(at) = self.screen.find(text) {
                 let before = self.screen[..at].to_owned();
@@ -152,7 +152,7 @@ impl Terminal {
     }
 
     /// Waits for the end and returns the exit code.
-    fn end(&mut self) -> Option<i32> {
+    pub(crate) fn end(&mut self) -> Option<i32> {
         self.child.wait().unwrap().code()
     }
 }

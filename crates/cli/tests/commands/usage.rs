@@ -41,6 +41,9 @@ fn exit_codes_tell_whose_fault_it_is() {
         ("completions fish", 0),
         // Nobody is there: the same line may work later.
         ("generate --prompt x --connect 127.0.0.1:1", 1),
+        ("status --connect 127.0.0.1:1", 1),
+        ("status --connect nowhere", 2),
+        ("drain w1 --connect 127.0.0.1:1", 1),
         (&format!("serve --listen {taken}"), 1),
         (&format!("model convert Cargo.toml/x {config}"), 2),
         ("", 2),

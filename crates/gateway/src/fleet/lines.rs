@@ -114,6 +114,11 @@ impl Lines {
         self.open().retain(|(model, _), line| !line.waiting.is_empty() || !is_gone(model));
     }
 
+    /// Returns how many requests wait for a model.
+    pub(super) fn waiting(&self, model: &str) -> usize {
+        length(&self.open(), model)
+    }
+
     /// Returns a receiver that changes with every change that may make room.
     pub(super) fn changes(&self) -> watch::Receiver<u64> {
         self.changes.subscribe()

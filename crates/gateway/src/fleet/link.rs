@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use prometheus_client::metrics::gauge::Gauge;
 use tercet_cluster::{WorkerId, WorkerRecord};
-use tercet_proto::v1::{self, inference_client::InferenceClient};
+use tercet_proto::v1::{self, inference_client::InferenceClient, worker_client::WorkerClient};
 use tercet_telemetry::Metrics;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -147,6 +147,11 @@ impl Link {
         InferenceClient::new(self.channel())
     }
 
+    /// Returns a client of its other service on the same channel.
+    pub(super) fn worker_client(&self) -> WorkerClient<Channel> {
+        WorkerClient::new(self.channel())
+    }
+
     // === its life ===
 
     /// Returns how the worker answers.
@@ -281,6 +286,16 @@ impl Link {
         self.reports().steps(model, now, self.suspect_after)
     }
 
+    /// Returns what the worker reported last of a model, however old that is.
+    pub(super) fn last_load(&self, model: &str) -> Option<v1::ModelLoad> {
+        self.reports().last(model)
+    }
+
+    /// Returns the time since the last report.
+    pub(super) fn report_age(&self, now: Instant) -> Option<Duration> {
+        self.reports().age(now)
+    }
+
     fn reports(&self) -> MutexGuard<'_, Reports> {
         self.reports.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -327,6 +342,11 @@ impl Link {
         let standing = self.standing();
         let of_model = standing.models.get(model).and_then(|model| model.health.ejected_until());
         of_model.max(standing.health.ejected_until()).filter(|until| *until > now)
+    }
+
+    /// Returns until when all of the worker is left alone; `None` if it is not.
+    pub(super) fn worker_ejected_until(&self, now: Instant) -> Option<Instant> {
+        self.standing().health.ejected_until().filter(|until| *until > now)
     }
 
     /// Returns what came of a model in the window that ends now.

@@ -78,6 +78,16 @@ impl Reports {
         })
     }
 
+    /// Returns the last report of a model, however old it is.
+    pub(super) fn last(&self, model: &str) -> Option<v1::ModelLoad> {
+        self.models.get(model).cloned()
+    }
+
+    /// Returns the time since the last report.
+    pub(super) fn age(&self, now: Instant) -> Option<Duration> {
+        self.at.map(|at| now.saturating_duration_since(at))
+    }
+
     /// Returns the steps computed of a model, unless the report is older than `valid`.
     pub(super) fn steps(&self, model: &str, now: Instant, valid: Duration) -> Option<u64> {
         self.at.filter(|at| now.saturating_duration_since(*at) < valid)?;

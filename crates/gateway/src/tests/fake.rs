@@ -382,6 +382,17 @@ impl Worker for FakeService {
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 
+    async fn drain(
+        &self,
+        _request: Request<v1::DrainRequest>,
+    ) -> Result<Response<v1::DrainResponse>, Status> {
+        if self.0.report.borrow().is_none() {
+            return Err(Status::unimplemented("an older version"));
+        }
+        self.0.reports(|report| report.set_state(v1::WorkerState::Draining));
+        Ok(Response::new(v1::DrainResponse { streams: 0 }))
+    }
+
     async fn describe(
         &self,
         _request: Request<v1::DescribeRequest>,

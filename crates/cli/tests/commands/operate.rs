@@ -55,9 +55,10 @@ fn a_cluster_is_shown_to_people_and_programs() {
 fn a_live_view_leaves_the_terminal_as_it_was() {
     let (server, _, admin) = serve();
     let scratch = Scratch::new("top");
+    // Ctrl-C is for all processes at the terminal: the shell must not die of it.
     for leave in ["q", "\x03", "-TERM"] {
         let line = format!(
-            "stty -g; sh -c 'echo pid $$.; exec tercet top --connect {admin}'; echo code $?; stty -g"
+            "trap : INT; stty -g; sh -c 'echo pid $$.; exec tercet top --connect {admin}'; echo code $?; stty -g"
         );
         let mut terminal = Terminal::run(&line, &scratch.file("state"));
         let before = terminal.expect("pid ");

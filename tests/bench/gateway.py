@@ -183,7 +183,7 @@ class Stage:
         return address
 
     def gateway(self, binary, etcd, streams=1024):
-        process = self.start(binary, "gateway", "--listen", "127.0.0.1:0", "--etcd", etcd, "--max-streams", streams,
+        process = self.start(binary, "gateway", "--listen", "127.0.0.1:0", "--etcd", etcd, "--cluster", "default", "--max-streams", streams,
                              "--metrics-listen", "127.0.0.1:0", "--drain-timeout", "100ms")
         address = line(process, "listening on ")
         return address, process.pid

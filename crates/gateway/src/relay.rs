@@ -8,7 +8,6 @@
 //! The client sees one stream: one `started`, every index once, one `finished`. What a move needs
 //! is the request, the seed, and the ids so far; text is forwarded and never kept.
 
-use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -31,11 +30,13 @@ mod attempt;
 mod call;
 mod cursor;
 mod ordeal;
+mod seldom;
 mod trouble;
 
 use self::attempt::{Attempt, Break, Failure, Relocation};
 use self::cursor::{Cursor, Step};
 use self::ordeal::{Accident, Ordeal};
+use self::seldom::Seldom;
 use self::trouble::Trouble;
 
 /// How long a worker without room is left alone when it does not say so itself.
@@ -64,9 +65,8 @@ pub(crate) struct Start {
 /// A generation in progress. Dropping it cancels the computation.
 struct Relay {
     state: State,
-    /// Resolves when the stream must end, whatever the worker does. One future for the whole
-    /// stream: a timer and a waiter per message would cost more than the message.
-    ending: Pin<Box<dyn Future<Output = Status> + Send>>,
+    /// Resolves when the stream must end, whatever the worker does.
+    ending: Seldom<Status>,
 }
 
 struct State {
@@ -118,7 +118,7 @@ impl Relay {
         spec.model = Some(want.model.clone());
         spec.sampling.seed = Some(seed);
         let given = spec.resume.take().map(|resume| resume.token_ids).unwrap_or_default();
-        let ending = Box::pin(ending(shared.stop.clone(), deadline));
+        let ending = Seldom::new(ending(shared.stop.clone(), deadline));
         let recorder = shared.metrics.request(Component::Gateway, operation, &want.model);
         Self {
             state: State {

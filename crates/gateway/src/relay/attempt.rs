@@ -1,6 +1,5 @@
 //! A stream at one worker: opening it, and opening another before it is given up.
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
@@ -10,6 +9,7 @@ use tokio::time::Instant;
 use tonic::{Request, Status, Streaming};
 use tracing::{Instrument, Span};
 
+use super::seldom::Seldom;
 use super::trouble::{Trouble, answers_again, trouble};
 use super::{State, call, is_movable};
 use crate::fleet::{Lease, NoPlace, Patience, Want};
@@ -22,9 +22,8 @@ pub(super) struct Attempt {
     pub(super) span: Span,
     /// Messages that have come.
     pub(super) heard: Arc<AtomicU64>,
-    /// Resolves when the stream should leave the worker. One future for the whole attempt, as
-    /// `Relay::ending`.
-    pub(super) trouble: Pin<Box<dyn Future<Output = Trouble> + Send + Sync>>,
+    /// Resolves when the stream should leave the worker.
+    pub(super) trouble: Seldom<Trouble>,
 }
 
 /// Why there is no stream at a worker.
@@ -83,15 +82,11 @@ impl State {
     }
 
     /// Returns what tells that a stream should leave its worker.
-    fn trouble(
-        &self,
-        lease: &Lease,
-        heard: &Arc<AtomicU64>,
-    ) -> Pin<Box<dyn Future<Output = Trouble> + Send + Sync>> {
+    fn trouble(&self, lease: &Lease, heard: &Arc<AtomicU64>) -> Seldom<Trouble> {
         let identity = Some(lease.identity().to_owned());
         let want = Want { identity, ..self.want.clone() };
         let (shared, link) = (Arc::clone(&self.shared), Arc::clone(lease.link()));
-        Box::pin(trouble(shared, link, want, Arc::clone(heard)))
+        Seldom::new(trouble(shared, link, want, Arc::clone(heard)))
     }
 
     pub(super) fn enter(&mut self, attempt: Attempt) {

@@ -257,6 +257,11 @@ impl Constraint {
         }
         match stacker::grow(STACK, || self.matcher.try_consume_tokens(&[id])) {
             Ok(1) => Ok(()),
+            // The library also says so of a token that would exceed a limit of its lexer.
+            Ok(_) if self.mask()?.allows(id) => {
+                let why = format!("token {id} fits and takes more work than is allowed");
+                Err(GrammarError::TooComplex(why))
+            }
             Ok(_) => Err(GrammarError::Rejected { id }),
             Err(error) => Err(too_complex(&error)),
         }

@@ -18,7 +18,7 @@ pub(crate) struct GatewayLimits {
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) max_streams: u32,
     /// Name that leads to a model, or to several that share its requests by weight; may be given
-    /// several times, or once with ; between. In the configuration file, the table [aliases]
+    /// several times, or once with ; between. In the configuration file, the table `aliases`
     #[arg(long, env = "TERCET_ALIAS", value_name = "NAME=MODEL[=WEIGHT][,...]")]
     #[arg(value_delimiter = ';', value_parser = str::parse::<Alias>)]
     pub(crate) alias: Vec<Alias>,

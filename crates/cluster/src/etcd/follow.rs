@@ -37,6 +37,8 @@ pub(super) struct Follower {
     pub(super) view: watch::Sender<Arc<View>>,
     store: Option<Store>,
     missing: Option<Missing>,
+    /// Attempts in a row that failed.
+    failures: u32,
     /// Why etcd could not be followed, as last logged.
     logged: Option<String>,
 }
@@ -90,7 +92,16 @@ impl Follower {
         grace: Duration,
         view: watch::Sender<Arc<View>>,
     ) -> Self {
-        Self { endpoints, prefix, grace, view, store: None, missing: None, logged: None }
+        Self {
+            endpoints,
+            prefix,
+            grace,
+            view,
+            store: None,
+            missing: None,
+            failures: 0,
+            logged: None,
+        }
     }
 
     /// Follows for ever.
@@ -119,13 +130,15 @@ impl Follower {
         }
     }
 
-    /// Makes the view one that nobody stands behind, and says why: once for each reason.
+    /// Makes the view one that nobody stands behind, and says why: once for each reason, and not of
+    /// the first attempt, since the next one is about to follow and may do better.
     fn lose(&mut self, status: &Status) {
         self.view.send_if_modified(|view| {
             view.current.then(|| Arc::make_mut(view).current = false).is_some()
         });
         let reason = told(status);
-        if self.logged.as_ref() != Some(&reason) {
+        self.failures = self.failures.saturating_add(1);
+        if self.failures > 1 && self.logged.as_ref() != Some(&reason) {
             warn!(reason, "cannot follow etcd; the last known workers stay in view");
             self.logged = Some(reason);
         }
@@ -306,6 +319,7 @@ impl Follower {
         }
         let created = response.created;
         if created {
+            self.failures = 0;
             self.logged = None;
         }
         let revision =

@@ -1,6 +1,10 @@
 //! Texts, chats and token ids, and what a model says of itself.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::Path,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use serde_json::Value;
 use tercet_proto::{InvalidRequest, Reason};
@@ -15,9 +19,12 @@ const QUIET: &str = "(quietly) ";
 /// Returns a worker with a model whose chat template knows `enable_thinking`, and what else is
 /// expected of it.
 async fn chatty() -> (Node, MemoryRegistry, Value) {
+    // Tests of one process run side by side.
+    static MADE: AtomicUsize = AtomicUsize::new(0);
     let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/bitnet-packed");
     let read = |name: &str| fs::read_to_string(fixture.join(name)).unwrap();
-    let dir = std::env::temp_dir().join(format!("tercet-chatty-{}", std::process::id()));
+    let (process, number) = (std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
+    let dir = std::env::temp_dir().join(format!("tercet-chatty-{process}-{number}"));
     fs::create_dir_all(&dir).unwrap();
     for file in ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"] {
         fs::copy(fixture.join(file), dir.join(file)).unwrap();

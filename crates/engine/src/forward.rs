@@ -12,7 +12,7 @@
 use std::ops::Range;
 
 use tercet_kernels::{
-    AttentionScratch, ColumnsMut, Int8Rows, Kernels, Lead, MatrixMut, TernaryMatrix,
+    AttentionScratch, ColumnsMut, Int8Rows, Kernels, Lead, MatrixMut, TernaryMatrix, TernaryScratch,
 };
 
 use crate::{
@@ -51,11 +51,18 @@ pub(crate) struct Workspace {
     int8_hidden: Int8Rows,
     int8_attention: Int8Rows,
     int8_ffn: Int8Rows,
-    scratch: Vec<AttentionScratch>,
+    scratch: Vec<Scratch>,
     rotary: Rotary,
     scheme: ActivationScheme,
     widths: Widths,
     pub(crate) logits: Vec<f32>,
+}
+
+/// Working memory of one thread.
+#[derive(Debug, Default)]
+struct Scratch {
+    attention: AttentionScratch,
+    ternary: TernaryScratch,
 }
 
 /// Row lengths of the buffers.
@@ -160,6 +167,7 @@ impl Forward<'_> {
         if rows.is_empty() {
             return failed;
         }
+        self.work.scratch.resize_with(self.lead.threads(), Scratch::default);
         self.rotations(rows);
         let weights = self.weights;
         for (index, layer) in weights.layers.iter().enumerate() {
@@ -208,7 +216,7 @@ impl Forward<'_> {
     fn attention(&mut self, layer: &LayerWeights, index: usize, rows: &[Row], failed: &mut [bool]) {
         let n = rows.len();
         let config = self.config;
-        let Workspace { hidden, normed, q, k, v, int8_hidden, .. } = &mut *self.work;
+        let Workspace { hidden, normed, q, k, v, int8_hidden, scratch, .. } = &mut *self.work;
         let norm = NormQuantize {
             kernels: self.kernels,
             weight: Some(&layer.attn_norm),
@@ -221,11 +229,12 @@ impl Forward<'_> {
             .into_iter()
             .zip(split(self.lead, k, n, config.kv_width()))
             .zip(split(self.lead, v, n, config.kv_width()))
+            .zip(scratch)
             .collect();
-        self.lead.run(parts, |_, ((q, k), v)| {
-            kernels.ternary_matmul(&layer.q, int8, n, q);
-            kernels.ternary_matmul(&layer.k, int8, n, k);
-            kernels.ternary_matmul(&layer.v, int8, n, v);
+        self.lead.run(parts, |_, (((q, k), v), Scratch { ternary, .. })| {
+            kernels.ternary_matmul(&layer.q, int8, n, q, ternary);
+            kernels.ternary_matmul(&layer.k, int8, n, k, ternary);
+            kernels.ternary_matmul(&layer.v, int8, n, v, ternary);
         });
         self.rotate_and_store(layer, index, rows);
         self.attend(index, rows);
@@ -274,14 +283,13 @@ impl Forward<'_> {
         let bounds = self.attention_bounds(rows);
         let Workspace { q, attention, scratch, widths, .. } = &mut *self.work;
         let group = config.heads / config.kv_heads * config.head_dim;
-        scratch.resize_with(self.lead.threads(), AttentionScratch::default);
         let tables: Vec<_> = rows.iter().map(|row| self.kv.table(row.sequence)).collect();
         let mut parts = Vec::with_capacity(bounds.len());
         let mut rest = &mut attention[..rows.len() * widths.q];
         for (bound, scratch) in bounds.windows(2).zip(scratch) {
             let (mine, others) = rest.split_at_mut((bound[1] - bound[0]) * group);
             rest = others;
-            parts.push((bound[0], mine, scratch));
+            parts.push((bound[0], mine, &mut scratch.attention));
         }
         let (kv, kernels) = (&*self.kv, self.kernels);
         let scale = 1.0 / head_dim_root(config.head_dim);
@@ -324,7 +332,7 @@ impl Forward<'_> {
 
     fn feed_forward(&mut self, layer: &LayerWeights, n: usize, failed: &mut [bool]) {
         let config = self.config;
-        let Workspace { hidden, normed, gate, up, int8_hidden, .. } = &mut *self.work;
+        let Workspace { hidden, normed, gate, up, int8_hidden, scratch, .. } = &mut *self.work;
         let norm = NormQuantize {
             kernels: self.kernels,
             weight: Some(&layer.ffn_norm),
@@ -336,10 +344,11 @@ impl Forward<'_> {
         let parts: Vec<_> = split(self.lead, gate, n, config.intermediate)
             .into_iter()
             .zip(split(self.lead, up, n, config.intermediate))
+            .zip(scratch)
             .collect();
-        self.lead.run(parts, |_, (mut gate, mut up)| {
-            kernels.ternary_matmul(&layer.gate, int8, n, gate.reborrow());
-            kernels.ternary_matmul(&layer.up, int8, n, up.reborrow());
+        self.lead.run(parts, |_, ((mut gate, mut up), Scratch { ternary, .. })| {
+            kernels.ternary_matmul(&layer.gate, int8, n, gate.reborrow(), ternary);
+            kernels.ternary_matmul(&layer.up, int8, n, up.reborrow(), ternary);
             for row in 0..n {
                 let (gate, up) = (gate.row_mut(row), up.row_mut(row));
                 match activation {
@@ -362,7 +371,15 @@ impl Forward<'_> {
     /// Norm, product, and addition to the hidden state.
     fn project(&mut self, projection: Projection<'_>, n: usize, failed: &mut [bool]) {
         let Workspace {
-            hidden, normed, attention, gate, product, int8_attention, int8_ffn, ..
+            hidden,
+            normed,
+            attention,
+            gate,
+            product,
+            int8_attention,
+            int8_ffn,
+            scratch,
+            ..
         } = &mut *self.work;
         let (input, int8) = match projection.from {
             Source::Attention => (attention, int8_attention),
@@ -378,9 +395,10 @@ impl Forward<'_> {
         let parts: Vec<_> = split(self.lead, product, n, self.config.hidden)
             .into_iter()
             .zip(split(self.lead, hidden, n, self.config.hidden))
+            .zip(scratch)
             .collect();
-        self.lead.run(parts, |_, (mut product, mut hidden)| {
-            kernels.ternary_matmul(projection.matrix, int8, n, product.reborrow());
+        self.lead.run(parts, |_, ((mut product, mut hidden), Scratch { ternary, .. })| {
+            kernels.ternary_matmul(projection.matrix, int8, n, product.reborrow(), ternary);
             for row in 0..n {
                 kernels.add(hidden.row_mut(row), product.row_mut(row));
             }

@@ -29,7 +29,7 @@ use std::{
 
 use tercet_kernels::{
     AlignedBytes, AttentionScratch, BLOCK_POSITIONS, Crew, DenseMatrix, DenseType, Int8Rows, Isa,
-    Kernels, Lead, MatrixMut, SCALE_BLOCK, TernaryMatrix,
+    Kernels, Lead, MatrixMut, SCALE_BLOCK, TernaryMatrix, TernaryScratch,
 };
 
 /// Rows of the head in one call.
@@ -126,12 +126,14 @@ fn ternary(
             let damaged = bits & (bits >> 1) & 0b0101_0101;
             *byte = bits & !(damaged << 1);
         }
-        weights.push(if blocks {
+        let mut matrix = if blocks {
             let scales = random.floats(scales).into();
             TernaryMatrix::from_packed_blocks(rows, cols, scales, packed.into())?
         } else {
             TernaryMatrix::from_packed(rows, cols, 0.01, packed.into())?
-        });
+        };
+        matrix.validate()?;
+        weights.push(matrix);
     }
     let most = options.tokens.iter().copied().max().unwrap_or(1);
     let mut x = if blocks { Int8Rows::with_blocks(most, cols) } else { Int8Rows::new(most, cols) };
@@ -143,12 +145,16 @@ fn ternary(
     for &n in &options.tokens {
         for &threads in &options.threads {
             let mut next = 0;
+            let mut scratch = vec![TernaryScratch::default(); threads];
             let times = measure(options.duration, threads, |lead| {
                 let w = &weights[next];
                 next = (next + 1) % weights.len();
                 let cuts: Vec<_> = (1..threads).map(|i| i * rows / threads / 16 * 16).collect();
                 let parts = MatrixMut::new(&mut out[..n * rows], n, rows).split_columns(&cuts);
-                lead.run(parts, |_, part| options.kernels.ternary_matmul(w, &x, n, part));
+                let parts: Vec<_> = parts.into_iter().zip(&mut scratch).collect();
+                lead.run(parts, |_, (part, scratch)| {
+                    options.kernels.ternary_matmul(w, &x, n, part, scratch);
+                });
             });
             report(name, n, threads, [rows * cols * n, bytes], times);
         }

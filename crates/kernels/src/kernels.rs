@@ -4,7 +4,8 @@
 use crate::x86_64::avx2::Avx2;
 use crate::{
     AttentionScratch, BLOCK_POSITIONS, ColumnsMut, DenseMatrix, Int8RowMut, Int8Rows, Isa,
-    NonFinite, SCALE_BLOCK, TernaryMatrix, attention::Shape, rows::RowFacts, scalar,
+    NonFinite, SCALE_BLOCK, TernaryMatrix, TernaryScratch, attention::Shape, rows::RowFacts,
+    scalar,
 };
 
 /// All arithmetic, in one variant that this CPU is known to have.
@@ -96,7 +97,14 @@ impl Kernels {
     ///
     /// # Panics
     /// If the shapes do not fit.
-    pub fn ternary_matmul(&self, w: &TernaryMatrix, x: &Int8Rows, n: usize, out: ColumnsMut<'_>) {
+    pub fn ternary_matmul(
+        &self,
+        w: &TernaryMatrix,
+        x: &Int8Rows,
+        n: usize,
+        out: ColumnsMut<'_>,
+        scratch: &mut TernaryScratch,
+    ) {
         assert_eq!(w.cols(), x.cols(), "columns of the weights and of the activations");
         assert!(n <= x.rows() && n <= out.rows(), "{n} rows of {} in {}", x.rows(), out.rows());
         assert!(out.columns().end <= w.rows(), "columns {:?} of {}", out.columns(), w.rows());
@@ -113,7 +121,7 @@ impl Kernels {
         match self.variant {
             Variant::Scalar => scalar::ternary::matmul(w, scale, x, n, out),
             #[cfg(target_arch = "x86_64")]
-            Variant::Avx2(avx2) => avx2.ternary_matmul(w, scale, x, n, out),
+            Variant::Avx2(avx2) => avx2.ternary_matmul(w, scale, x, n, out, scratch),
         }
     }
 

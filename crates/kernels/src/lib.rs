@@ -58,6 +58,7 @@ mod matrix;
 mod pack;
 mod rows;
 mod scalar;
+mod scratch;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
@@ -72,6 +73,7 @@ pub use self::{
     matrix::{ColumnsMut, MatrixMut},
     pack::{SCALE_BLOCK, TERNARY_BLOCK, TernaryMatrix},
     rows::{Int8RowMut, Int8Rows, Int8RowsMut},
+    scratch::TernaryScratch,
 };
 
 /// Virtual lanes of every f32 reduction.

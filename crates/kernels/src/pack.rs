@@ -28,6 +28,7 @@ pub struct TernaryMatrix {
     cols: usize,
     scales: Scales,
     packed: WeightBytes,
+    checked: bool,
 }
 
 #[derive(Clone)]
@@ -85,7 +86,7 @@ impl TernaryMatrix {
         if let Some(scale) = values.iter().find(|scale| !scale.is_finite()) {
             return Err(ShapeError::Scale { bits: scale.to_bits() });
         }
-        Ok(Self { rows, cols, scales, packed })
+        Ok(Self { rows, cols, scales, packed, checked: false })
     }
 
     /// Packs `rows * cols` weights of -1, 0 and 1, given row by row.
@@ -113,11 +114,14 @@ impl TernaryMatrix {
                 bytes[byte] = bytes[byte] & !(0b11 << shift) | code << shift;
             }
         }
-        Self::from_packed(rows, cols, scale, packed.into())
+        let matrix = Self::from_packed(rows, cols, scale, packed.into())?;
+        Ok(Self { checked: true, ..matrix })
     }
 
     /// Checks that every code is 0, 1 or 2, padding included; reads all bytes.
-    pub fn validate(&self) -> Result<(), ShapeError> {
+    ///
+    /// Only a matrix so checked is multiplied in the fastest way.
+    pub fn validate(&mut self) -> Result<(), ShapeError> {
         // A code is 3 exactly when both of its bits are set.
         let damaged = |byte: &u8| byte & (byte >> 1) & 0b0101_0101 != 0;
         for (row, bytes) in self.packed.chunks_exact(row_bytes(self.cols)).enumerate() {
@@ -127,7 +131,13 @@ impl TernaryMatrix {
                 return Err(ShapeError::Code { row, col });
             }
         }
+        self.checked = true;
         Ok(())
+    }
+
+    /// Returns whether every code is known to be valid.
+    pub(crate) fn is_checked(&self) -> bool {
+        self.checked
     }
 
     /// Returns the number of rows: outputs of the product.
@@ -249,7 +259,7 @@ mod tests {
     fn trits_round_trip() {
         for cols in [1, 31, 127, 128, 129, 300] {
             let trits: Vec<i8> = (0..3 * cols).map(|i| [-1, 0, 1, 1][(i * 7) % 4]).collect();
-            let matrix = TernaryMatrix::from_trits(3, cols, 0.5, &trits).unwrap();
+            let mut matrix = TernaryMatrix::from_trits(3, cols, 0.5, &trits).unwrap();
             for (i, &trit) in trits.iter().enumerate() {
                 assert_eq!(matrix.trit(i / cols, i % cols), trit);
             }
@@ -285,7 +295,7 @@ mod tests {
     fn damaged_codes_are_found() {
         let mut packed = AlignedBytes::zeroed(128);
         packed[64 + 32 + 5] = 0b0000_1100;
-        let matrix = TernaryMatrix::from_packed(2, 140, 1.0, packed.into()).unwrap();
+        let mut matrix = TernaryMatrix::from_packed(2, 140, 1.0, packed.into()).unwrap();
         assert_eq!(matrix.validate(), Err(ShapeError::Code { row: 1, col: 128 + 64 + 5 }));
     }
 }

@@ -102,7 +102,7 @@ fn check(
     tensor: &Tensor,
     matrix: Result<TernaryMatrix, ShapeError>,
 ) -> Result<TernaryMatrix, ModelError> {
-    let matrix =
+    let mut matrix =
         matrix.map_err(|error| tensor.error(format!("does not fit its shape: {error}")))?;
     matrix.validate().map_err(|error| tensor.error(format!("is damaged: {error}")))?;
     Ok(matrix)

@@ -15,7 +15,7 @@ mod ternary;
 mod vector;
 
 use crate::{
-    AttentionScratch, ColumnsMut, DenseMatrix, DenseType, Int8Rows, TernaryMatrix,
+    AttentionScratch, ColumnsMut, DenseMatrix, DenseType, Int8Rows, TernaryMatrix, TernaryScratch,
     attention::Shape, rows::RowFacts,
 };
 
@@ -46,9 +46,10 @@ impl Avx2 {
         x: &Int8Rows,
         n: usize,
         out: ColumnsMut<'_>,
+        scratch: &mut TernaryScratch,
     ) {
         // SAFETY: `self` exists, so the CPU has the features.
-        unsafe { ternary::matmul(w, scale, x, n, out) }
+        unsafe { ternary::matmul(w, scale, x, n, out, scratch) }
     }
 
     pub(crate) fn ternary_matmul_blocks(

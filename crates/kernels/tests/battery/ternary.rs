@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 use tercet_kernels::{
     AlignedBytes, Int8Rows, Isa, Kernels, MatrixMut, NonFinite, SCALE_BLOCK, ShapeError,
-    TernaryMatrix,
+    TernaryMatrix, TernaryScratch,
 };
 
 use crate::support::{Random, assert_bits, scalar, variants};
@@ -20,8 +20,9 @@ fn fill(kernels: Kernels, x: &[f32], mut rows: Int8Rows) -> Int8Rows {
 
 fn product(kernels: Kernels, w: &TernaryMatrix, x: &Int8Rows, cuts: &[usize]) -> Vec<f32> {
     let mut out = vec![f32::NAN; x.rows() * w.rows()];
+    let mut scratch = TernaryScratch::default();
     for part in MatrixMut::new(&mut out, x.rows(), w.rows()).split_columns(cuts) {
-        kernels.ternary_matmul(w, x, x.rows(), part);
+        kernels.ternary_matmul(w, x, x.rows(), part, &mut scratch);
     }
     out
 }
@@ -141,6 +142,28 @@ fn products_equal_on_every_shape() {
     }
 }
 
+/// Enough rows and tokens for tables: whole and incomplete blocks of tokens and panels of rows,
+/// chunks of columns that end early.
+#[test]
+fn products_of_many_tokens_equal() {
+    let mut random = Random(9);
+    for (rows, cols) in [(256, 1), (257, 127), (300, 128), (263, 640), (256, 900), (2200, 300)] {
+        let w = TernaryMatrix::from_trits(rows, cols, 0.37, &random.trits(rows * cols)).unwrap();
+        for n in [10, 11, 16, 26, 27, 32, 33, 48] {
+            if n != 27 && rows > 2000 {
+                continue;
+            }
+            compare(&w, &random.floats(n * cols));
+        }
+    }
+    // The largest sums of all.
+    for trit in [1, -1] {
+        let w = TernaryMatrix::from_trits(256, 1000, 1.0, &vec![trit; 256 * 1000]).unwrap();
+        compare(&w, &[127.0; 16 * 1000]);
+        compare(&w, &[-127.0; 16 * 1000]);
+    }
+}
+
 #[test]
 fn the_worst_sums_do_not_wrap() {
     for cols in [1280, 1408, 4096, 6912, 16384] {
@@ -172,7 +195,7 @@ fn damaged_codes_do_not_wrap_either() {
     let cols = 8192;
     let mut packed = AlignedBytes::zeroed(4 * cols / 4);
     packed.fill(0xff);
-    let w = TernaryMatrix::from_packed(4, cols, 1.0, packed.into()).unwrap();
+    let mut w = TernaryMatrix::from_packed(4, cols, 1.0, packed.into()).unwrap();
     assert!(w.validate().is_err());
     let blocks = blocks(&w, &mut Random(4));
     for n in [1, 2, 3, 4, 16] {
@@ -182,6 +205,11 @@ fn damaged_codes_do_not_wrap_either() {
             compare_blocks(&blocks, &vec![x; n * cols]);
         }
     }
+    // So many rows that tables would be used if the codes were valid.
+    let mut packed = AlignedBytes::zeroed(256 * 1024 / 4);
+    packed.fill(0xff);
+    let w = TernaryMatrix::from_packed(256, 1024, 1.0, packed.into()).unwrap();
+    compare(&w, &[1.0; 16 * 1024]);
 }
 
 #[test]

@@ -13,6 +13,7 @@
 //! [`MAX_COLS`](crate::pack::MAX_COLS) is the bound.
 
 pub(super) mod blocks;
+mod table;
 
 use std::arch::x86_64::{
     __m256i, _mm_add_epi32, _mm_cvtsi128_si32, _mm_shuffle_epi32, _mm256_add_epi16,
@@ -25,10 +26,11 @@ use std::arch::x86_64::{
 
 use super::memory::{load, load_bytes, prefetch_piece, store_bytes, store_ints};
 use crate::{
-    ColumnsMut, Int8Rows, TERNARY_BLOCK, TernaryMatrix,
+    ColumnsMut, Int8Rows, TERNARY_BLOCK, TernaryMatrix, TernaryScratch,
     pack::{BLOCK_BYTES, row_bytes},
     rows::RowFacts,
     scalar::ternary::{LEAST, LEVELS, finish},
+    scratch::TOKENS,
 };
 
 /// Blocks whose products are summed in 16 bits.
@@ -105,9 +107,15 @@ pub(super) fn matmul(
     x: &Int8Rows,
     n: usize,
     mut out: ColumnsMut<'_>,
+    scratch: &mut TernaryScratch,
 ) {
     let rows = Rows { packed: w.packed(), bytes: row_bytes(w.cols()), scale };
     let mut t = 0;
+    let blocks = if n % TOKENS < TABLE_TOKENS { n - n % TOKENS } else { n };
+    if blocks > 0 && w.is_checked() && out.columns().len() >= TABLE_ROWS {
+        table::multiply(rows, x, [0, blocks], &mut out, scratch);
+        t = blocks;
+    }
     while t < n {
         t += match n - t {
             1 => tokens::<4, 1>(rows, x, t, &mut out),
@@ -117,6 +125,12 @@ pub(super) fn matmul(
         };
     }
 }
+
+/// Rows from which on tables pay: they are made anew for each call.
+const TABLE_ROWS: usize = 256;
+
+/// Tokens of an incomplete block of [`TOKENS`] from which on tables are faster than products.
+const TABLE_TOKENS: usize = 11;
 
 /// The weights as rows of bytes.
 #[derive(Clone, Copy)]

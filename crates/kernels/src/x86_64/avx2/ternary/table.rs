@@ -63,7 +63,21 @@ const STRAY: usize = 12;
 
 const _: () = assert!(4 * CHUNK_BYTES * 127 <= i16::MAX as usize);
 const _: () = assert!(CHUNK_BYTES.is_multiple_of(BLOCK_BYTES) && BLOCK_BYTES.is_multiple_of(GROUP));
-const _: () = assert!(GROUP * SUMS * size_of::<Beside>() <= u16::MAX as usize);
+const _: () = assert!(GROUP * SUMS * size_of::<Beside>() <= i16::MAX as usize);
+
+/// Bytes from the first table of a group to each.
+const TABLES: [i16; GROUP] = {
+    let mut starts = [0; GROUP];
+    let mut i = 1;
+    while i < GROUP {
+        #[expect(clippy::cast_possible_wrap, reason = "the largest is 18144")]
+        #[expect(clippy::cast_possible_truncation, reason = "the largest is 18144")]
+        let start = (i * SUMS * size_of::<Beside>()) as i16;
+        starts[i] = start;
+        i += 1;
+    }
+    starts
+};
 
 /// Multiplies all rows that `out` has columns for with the tokens from `first` to `end`.
 #[inline(never)]
@@ -156,24 +170,9 @@ fn offsets_of(packed: &[u8; BLOCK_BYTES]) -> [[u64; 2]; BLOCK_BYTES / GROUP] {
         0, 9, 18, 0, 27, 36, 45, 0, 54, 63, 72, 0, 0, 0, 0, 0, 0, 9, 18, 0, 27, 36, 45, 0, 54, 63,
         72, 0, 0, 0, 0, 0,
     );
-    const TABLE: i16 = (SUMS * size_of::<Beside>()) as i16;
     let tables = _mm256_setr_epi16(
-        0,
-        TABLE,
-        2 * TABLE,
-        3 * TABLE,
-        4 * TABLE,
-        5 * TABLE,
-        6 * TABLE,
-        7 * TABLE,
-        0,
-        TABLE,
-        2 * TABLE,
-        3 * TABLE,
-        4 * TABLE,
-        5 * TABLE,
-        6 * TABLE,
-        7 * TABLE,
+        TABLES[0], TABLES[1], TABLES[2], TABLES[3], TABLES[4], TABLES[5], TABLES[6], TABLES[7],
+        TABLES[0], TABLES[1], TABLES[2], TABLES[3], TABLES[4], TABLES[5], TABLES[6], TABLES[7],
     );
     let (packed, nibble) = (load_bytes(packed), _mm256_set1_epi8(15));
     let numbers = _mm256_add_epi8(
@@ -300,10 +299,13 @@ fn add<const FIRST: bool, const LAST: bool>(
 fn four(tables: &[Beside; GROUP * SUMS], offsets: u64) -> [__m256i; 4] {
     let mut found = [_mm256_setzero_si256(); 4];
     for (i, found) in found.iter_mut().enumerate() {
+        #[expect(clippy::cast_possible_truncation, reason = "one of the four parts")]
         let offset = usize::from((offsets >> (16 * i)) as u16);
         debug_assert!(offset < size_of_val(tables) && offset.is_multiple_of(size_of::<Beside>()));
-        // SAFETY: `offsets_of` gives offsets of whole entries inside the tables only.
-        let entry = unsafe { &*tables.as_ptr().byte_add(offset) };
+        // SAFETY: `offsets_of` gives offsets inside the tables only.
+        let entry = unsafe { tables.as_ptr().byte_add(offset) };
+        // SAFETY: they are offsets of whole entries, which are borrowed with the tables.
+        let entry = unsafe { &*entry };
         *found = get(entry);
     }
     found

@@ -52,7 +52,7 @@ use folder::shards::Shards;
 use folder::{FolderConfig, Quantization};
 use gguf::Gguf;
 use gguf::model::GgufModel;
-use mapping::FileBytes;
+use mapping::{Arena, FileBytes};
 use tensors::{LayerTensors, Tensors};
 use tokenizer::TextParts;
 
@@ -206,9 +206,11 @@ impl ModelFile {
             (first || embed_is_head).then(|| self.tensors.embed.read_dense()).transpose()?;
         let mut loaded = Vec::with_capacity(layers.len());
         let held = &self.tensors.layers[layers.clone()];
+        let packed: Vec<usize> = held.iter().flat_map(LayerTensors::packed_bytes).collect();
+        let arena = Arena::new(packed.iter().sum(), packed.len());
         let mut progress = LoadProgress::of(held.iter().map(LayerTensors::bytes).sum());
         for layer in held {
-            loaded.push(layer.load()?);
+            loaded.push(layer.load(arena.as_ref())?);
             progress.advance(layer.bytes(), report)?;
         }
         let head = if last {

@@ -135,6 +135,17 @@ impl TernaryMatrix {
         Ok(())
     }
 
+    /// Returns the matrix with its bytes where `place` puts the same bytes, if it does.
+    ///
+    /// # Panics
+    /// If the bytes it returns are not as many.
+    #[must_use]
+    pub fn moved(self, place: impl FnOnce(&[u8]) -> Option<WeightBytes>) -> Self {
+        let Some(packed) = place(&self.packed) else { return self };
+        assert_eq!(packed.len(), self.packed.len(), "the same bytes elsewhere");
+        Self { packed, ..self }
+    }
+
     /// Returns whether every code is known to be valid.
     pub(crate) fn is_checked(&self) -> bool {
         self.checked

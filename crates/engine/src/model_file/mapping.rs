@@ -1,15 +1,19 @@
-//! The bytes of one model file, mapped or embedded. The only unsafe code of this crate.
+//! The bytes of one model file, mapped or embedded, and memory for copies of them. The only unsafe
+//! code of this crate.
 
 #![expect(unsafe_code, reason = "mapping a file into memory has no safe interface")]
+
+mod arena;
 
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use tercet_kernels::WeightBytes;
 
+pub(crate) use self::arena::Arena;
 use super::error::ModelError;
 
 /// An owner of bytes that never change and never move.
@@ -20,6 +24,8 @@ type Owner = Arc<dyn AsRef<[u8]> + Send + Sync>;
 pub(crate) struct FileBytes {
     label: Arc<str>,
     owner: Owner,
+    /// The owner, if it is a mapping.
+    map: Option<Arc<Mmap>>,
 }
 
 impl FileBytes {
@@ -39,12 +45,14 @@ impl FileBytes {
         // file. Another process that truncates it could raise SIGBUS, as with every mapped file;
         // model files are replaced by rename, never in place.
         let map = unsafe { Mmap::map(&file) }.map_err(io("map"))?;
-        Ok(Self::new(path.display().to_string(), Arc::new(map)))
+        let map = Arc::new(map);
+        let file = Self::new(path.display().to_string(), Arc::clone(&map) as Owner);
+        Ok(Self { map: Some(map), ..file })
     }
 
     /// Wraps bytes that are in memory already.
     pub(crate) fn new(label: impl Into<Arc<str>>, owner: Owner) -> Self {
-        Self { label: label.into(), owner }
+        Self { label: label.into(), owner, map: None }
     }
 
     /// Returns the name used in messages.
@@ -55,6 +63,18 @@ impl FileBytes {
     /// Returns all bytes.
     pub(crate) fn bytes(&self) -> &[u8] {
         (*self.owner).as_ref()
+    }
+
+    /// Gives the memory of `range` back to the system; if it is read again, it comes from the file.
+    pub(crate) fn forget(&self, range: Range<usize>) {
+        let Some(map) = &self.map else { return };
+        // SAFETY: the mapping is read-only and of a file, so that its pages hold what the file
+        // does, before and after.
+        let forgotten = unsafe {
+            map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len())
+        };
+        // It saves memory only: a system that cannot do it loses nothing else.
+        drop(forgotten);
     }
 
     /// Returns weight bytes that borrow `range` of the file and keep the file alive.

@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use rayon::prelude::*;
-use tercet_kernels::{DenseMatrix, DenseType, TernaryMatrix};
+use tercet_kernels::{DenseMatrix, DenseType, TERNARY_BLOCK, TernaryMatrix};
 
 use super::config::{ActivationScheme, Architecture, ModelConfig};
 use super::error::ModelError;
 use super::folder::PackedScale;
 use super::folder::shards::Entry;
-use super::mapping::FileBytes;
+use super::mapping::{Arena, FileBytes};
 use super::ternary::{self, blocks, master};
 use super::weights::LayerWeights;
 
@@ -268,6 +268,20 @@ impl Tensor {
         Ok(Arc::new(matrix))
     }
 
+    /// Returns the matrix as [`Self::read_ternary`], copied to `arena` if there is one.
+    fn read_ternary_to(&self, arena: Option<&Arc<Arena>>) -> Result<TernaryMatrix, ModelError> {
+        let matrix = self.read_ternary()?;
+        let Some(arena) = arena else { return Ok(matrix) };
+        let matrix = matrix.moved(|bytes| arena.copy(bytes));
+        self.file.forget(self.range.clone());
+        Ok(matrix)
+    }
+
+    /// Returns the bytes of the ternary matrix in memory.
+    fn packed_bytes(&self) -> usize {
+        self.rows * self.cols.next_multiple_of(TERNARY_BLOCK) / 4
+    }
+
     /// Returns the matrix, in place where its layout allows, and with every code checked.
     pub(crate) fn read_ternary(&self) -> Result<TernaryMatrix, ModelError> {
         match &self.storage {
@@ -377,20 +391,27 @@ impl LayerTensors {
         self.0[part as usize].as_ref()
     }
 
+    /// Returns the bytes of each ternary matrix in memory.
+    pub(crate) fn packed_bytes(&self) -> impl Iterator<Item = usize> {
+        let parts = Part::ALL.into_iter().filter(|part| part.is_matrix());
+        parts.filter_map(|part| self.get(part)).map(Tensor::packed_bytes)
+    }
+
     /// Returns the bytes in the file.
     pub(crate) fn bytes(&self) -> u64 {
         self.0.iter().flatten().map(|tensor| tensor.range.len() as u64).sum()
     }
 
-    /// Reads the layer, its matrices side by side on the current rayon pool.
-    pub(crate) fn load(&self) -> Result<LayerWeights, ModelError> {
+    /// Reads the layer, its matrices side by side on the current rayon pool, into `arena` if there
+    /// is one.
+    pub(crate) fn load(&self, arena: Option<&Arc<Arena>>) -> Result<LayerWeights, ModelError> {
         let tensor = |part| self.get(part).expect("every family has this part");
         let vector = |part| tensor(part).read_vector();
         let optional = |part| self.get(part).map(Tensor::read_vector).transpose();
         let parts: Vec<Part> = Part::ALL.into_iter().filter(|part| part.is_matrix()).collect();
         // Gathered before any error is looked at, so that it is always that of the first part.
         let matrices: Vec<_> =
-            parts.into_par_iter().map(|part| tensor(part).read_ternary()).collect();
+            parts.into_par_iter().map(|part| tensor(part).read_ternary_to(arena)).collect();
         let mut matrices = matrices.into_iter();
         let mut matrix = || matrices.next().expect("one result for each matrix");
         Ok(LayerWeights {

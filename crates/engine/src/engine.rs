@@ -238,7 +238,7 @@ impl Engine {
         Self::load_observed(model, options, None)
     }
 
-    /// As [`Self::load`], and shows every row of logits to `observer`, on the compute thread.
+    /// As [`Self::load`], and shows every row of logits to `observer`, on one of the compute threads.
     pub fn load_observed(
         model: &ModelFile,
         options: &EngineOptions,

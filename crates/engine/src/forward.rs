@@ -9,8 +9,6 @@
 //! Threads own ranges of output columns in the products and ranges of (row, kv head) pairs in the
 //! attention. Nothing that is summed is ever split between them, so their number changes no bit.
 
-use std::ops::Range;
-
 use tercet_kernels::{
     AttentionScratch, ColumnsMut, Int8Rows, Kernels, Lead, MatrixMut, TernaryMatrix, TernaryScratch,
 };
@@ -177,22 +175,32 @@ impl Forward<'_> {
         failed
     }
 
-    /// Computes the logits of some rows into `out`, rows x vocabulary.
-    pub(crate) fn logits(&mut self, rows: Range<usize>, out: &mut [f32]) {
+    /// Computes the logits of some rows of the step, ascending, into `out`, rows x vocabulary.
+    /// Returns, for each row, whether its logits are all finite.
+    pub(crate) fn logits(&mut self, rows: &[usize], out: &mut [f32]) -> Vec<bool> {
         let head = self.weights.head.as_ref().expect("the last stage holds the head");
         let hidden = self.config.hidden;
         let n = rows.len();
         let Workspace { hidden: x, normed, .. } = &mut *self.work;
-        for (x, normed) in x[rows.start * hidden..rows.end * hidden]
-            .chunks_exact(hidden)
-            .zip(normed.chunks_exact_mut(hidden))
-        {
+        for (row, normed) in rows.iter().zip(normed.chunks_exact_mut(hidden)) {
+            let x = &x[row * hidden..(row + 1) * hidden];
             self.kernels.rms_norm(x, &head.norm, self.config.rms_eps, normed);
         }
         let normed = &normed[..n * hidden];
         let kernels = self.kernels;
-        let parts = split(self.lead, out, n, self.config.vocab);
-        self.lead.run(parts, |_, part| kernels.dense_matmul(&head.matrix, normed, part));
+        let mut finite = vec![true; n * self.lead.threads()];
+        let parts: Vec<_> = split(self.lead, out, n, self.config.vocab)
+            .into_iter()
+            .zip(finite.chunks_exact_mut(n))
+            .collect();
+        self.lead.run(parts, |_, (mut part, finite)| {
+            kernels.dense_matmul(&head.matrix, normed, part.reborrow());
+            for (row, finite) in finite.iter_mut().enumerate() {
+                // Without an early end, so that it is done in vectors.
+                *finite = part.row_mut(row).iter().fold(true, |all, x| all & x.is_finite());
+            }
+        });
+        (0..n).map(|row| finite.iter().skip(row).step_by(n).all(|finite| *finite)).collect()
     }
 
     /// Fills the rotation of each row, the same for all layers and heads.

@@ -1,28 +1,25 @@
 //! Computes the steps of one stage: opens and closes sequences, runs the rows, samples at the end.
 
+mod answers;
+
 use std::{collections::HashMap, fmt, ops::Range, sync::Arc, time::Duration};
 
 use tercet_kernels::{Isa, Kernels};
 use tercet_text::{Constraint, GrammarError, Grammars};
 
+use self::answers::Answers;
 use crate::{
     engine::{EngineError, EngineOptions, StepError},
     forward::{Forward, Row, Workspace},
     kv::{KvCache, KvShape},
     model_file::{ModelConfig, ModelError, ModelFile, Report, StageWeights},
-    plan::{
-        OpenSequence, Run, RunOutcome, RunOutput, RunResult, Scores, SequenceId, StepPlan,
-        TokenLogprobs,
-    },
+    plan::{OpenSequence, RunOutput, RunResult, SequenceId, StepPlan},
     pool::ComputePool,
-    sampler::{History, Sampler, SamplingParams, largest, token_id},
+    sampler::{History, Sampler, SamplingParams},
 };
 
 /// Sees the logits of a row: the sequence, the position of the row, one logit for each token id.
 pub type LogitsObserver = Box<dyn FnMut(SequenceId, usize, &[f32]) + Send>;
-
-/// Rows of logits computed at once: bounds the memory of a `Score` over a large vocabulary.
-const LOGIT_ROWS: usize = 16;
 
 /// What comes into a stage.
 #[derive(Debug)]
@@ -61,7 +58,8 @@ pub(crate) struct StageRunner {
     kv: KvCache,
     sequences: HashMap<SequenceId, Opened>,
     work: Workspace,
-    sampler: Sampler,
+    /// One for each thread.
+    samplers: Vec<Sampler>,
     observer: Option<LogitsObserver>,
     grammars: Option<Arc<Grammars>>,
     last_step: Duration,
@@ -103,7 +101,7 @@ impl StageRunner {
             kv: KvCache::new(shape, pages.min(useful)),
             sequences: HashMap::new(),
             work: Workspace::new(&model.config),
-            sampler: Sampler::default(),
+            samplers: Vec::new(),
             observer: None,
             grammars: options.grammars.clone(),
             last_step: Duration::ZERO,
@@ -179,31 +177,30 @@ impl StageRunner {
         if let Input::Activations(activations) = &input {
             self.work.hidden_mut(rows.len()).copy_from_slice(activations);
         }
-        let Self { config, weights, kernels, pool, kv, work, .. } = self;
-        let mut failed = pool.region(|lead| {
+        let Self { config, weights, kernels, pool, kv, work, sequences, .. } = self;
+        let (samplers, observer) = (&mut self.samplers, &mut self.observer);
+        let mut logits = std::mem::take(&mut work.logits);
+        let produced = pool.region(|lead| {
             let mut forward = Forward { config, weights, kernels: *kernels, lead, kv, work };
             if let Input::Tokens(ids) = &input {
                 forward.embed(ids);
             }
-            forward.layers(&rows)
-        });
-        if self.weights.head.is_none() {
-            let hidden = self.work.hidden_mut(rows.len());
-            for (row, failed) in hidden.chunks_exact_mut(self.config.hidden).zip(&failed) {
-                if *failed {
+            let failed = forward.layers(&rows);
+            if weights.head.is_some() {
+                let logits = &mut logits;
+                let mut answers = Answers { sequences, samplers, observer, logits };
+                return Produced::Results(answers.answer(&mut forward, plan, &failed));
+            }
+            let hidden = forward.work.hidden_mut(rows.len());
+            for (row, failed) in hidden.chunks_exact_mut(config.hidden).zip(failed) {
+                if failed {
                     row.fill(f32::NAN);
                 }
             }
-            return Ok(Produced::Activations(hidden.to_vec()));
-        }
-        let mut results = Vec::new();
-        let mut first_row = 0;
-        for run in &plan.runs {
-            let outcome = self.answer(run, first_row, &mut failed[first_row..first_row + run.rows]);
-            results.extend(outcome.map(|outcome| RunResult { sequence: run.sequence, outcome }));
-            first_row += run.rows;
-        }
-        Ok(Produced::Results(results))
+            Produced::Activations(hidden.to_vec())
+        });
+        self.work.logits = logits;
+        Ok(produced)
     }
 
     fn open_and_close(&mut self, plan: &StepPlan) -> Result<(), StepError> {
@@ -264,81 +261,6 @@ impl StageRunner {
         Ok(())
     }
 
-    /// Returns what the last stage says of `run`, whose rows begin at `first_row` of the step.
-    fn answer(&mut self, run: &Run, first_row: usize, failed: &mut [bool]) -> Option<RunOutcome> {
-        if failed.contains(&true) {
-            return Some(RunOutcome::NonFinite);
-        }
-        let last = first_row + run.rows;
-        match &run.output {
-            RunOutput::None if self.observer.is_none() => None,
-            RunOutput::None => {
-                self.for_each_logits(run, first_row..last, |_, _, _| {});
-                None
-            }
-            RunOutput::Sample => {
-                let observe_from = if self.observer.is_some() { first_row } else { last - 1 };
-                let mut sampled = Ok((0, None));
-                let finite = self.for_each_logits(run, observe_from..last, |this, row, logits| {
-                    if row + 1 == last {
-                        sampled = this.sample(run, logits);
-                    }
-                });
-                Some(match sampled {
-                    _ if !finite => RunOutcome::NonFinite,
-                    Ok((id, logprobs)) => RunOutcome::Token { id, logprobs },
-                    Err(error) => RunOutcome::Grammar(error.to_string()),
-                })
-            }
-            RunOutput::Score(targets) => {
-                let mut scores = Scores::default();
-                let finite = self.for_each_logits(run, first_row..last, |this, row, logits| {
-                    let best = this.kernels.argmax(logits);
-                    scores.top_ids.push(token_id(best));
-                    if let Some(&target) = targets.get(row - first_row) {
-                        let normal = Normalizer::new(this.kernels, logits, logits[best]);
-                        scores.logprobs.push(normal.logprob(logits, target));
-                    }
-                });
-                Some(if finite { RunOutcome::Scores(scores) } else { RunOutcome::NonFinite })
-            }
-        }
-    }
-
-    /// Returns the token sampled from `logits` after `run`, which becomes part of the history.
-    fn sample(
-        &mut self,
-        run: &Run,
-        logits: &[f32],
-    ) -> Result<(u32, Option<TokenLogprobs>), GrammarError> {
-        let Self { sampler, kernels, sequences, .. } = self;
-        let Opened { sampling, history, constraint } =
-            sequences.get_mut(&run.sequence).expect("runs are of open sequences");
-        let position = run.position + run.rows;
-        let mut constraint = match constraint {
-            Some(Ok(constraint)) => Some(constraint),
-            Some(Err(error)) => return Err(error.clone()),
-            None => None,
-        };
-        let mask = constraint.as_mut().map(|constraint| constraint.mask()).transpose()?;
-        let id = sampler.sample(*kernels, logits, sampling, history, mask.as_ref(), position);
-        if sampling.looks_at_completion() {
-            history.push(id);
-        }
-        if let Some(constraint) = constraint {
-            constraint.accept(id)?;
-        }
-        let logprobs = sampling.top_logprobs.map(|top| {
-            let normal = Normalizer::new(*kernels, logits, logits[kernels.argmax(logits)]);
-            let top = largest(logits, top as usize);
-            TokenLogprobs {
-                logprob: normal.logprob(logits, id),
-                top: top.into_iter().map(|id| (id, normal.logprob(logits, id))).collect(),
-            }
-        });
-        Ok((id, logprobs))
-    }
-
     /// Returns the state of the grammar of a sequence that begins, in the stage that samples.
     fn constrain(&self, open: &OpenSequence) -> Option<Result<Constraint, GrammarError>> {
         self.weights.head.as_ref()?;
@@ -351,44 +273,6 @@ impl StageRunner {
             Ok(constraint)
         }))
     }
-
-    /// Computes the logits of some rows of the step, a few at a time, and hands each row over.
-    /// Returns false, at the first such row, if a logit is not finite.
-    fn for_each_logits(
-        &mut self,
-        run: &Run,
-        rows: Range<usize>,
-        mut take: impl FnMut(&mut Self, usize, &[f32]),
-    ) -> bool {
-        let mut buffer = std::mem::take(&mut self.work.logits);
-        let mut finite = true;
-        let mut start = rows.start;
-        while finite && start < rows.end {
-            let end = rows.end.min(start + LOGIT_ROWS);
-            buffer.resize((end - start) * self.config.vocab, 0.0);
-            let Self { config, weights, kernels, pool, kv, work, .. } = self;
-            pool.region(|lead| {
-                let mut forward = Forward { config, weights, kernels: *kernels, lead, kv, work };
-                forward.logits(start..end, &mut buffer);
-            });
-            let first_row = rows.start.max(start);
-            for (row, logits) in (first_row..end).zip(buffer.chunks_exact(self.config.vocab)) {
-                if !logits.iter().all(|logit| logit.is_finite()) {
-                    finite = false;
-                    break;
-                }
-                if let Some(mut observer) = self.observer.take() {
-                    let first = rows.end - run.rows;
-                    observer(run.sequence, run.position + (row - first), logits);
-                    self.observer = Some(observer);
-                }
-                take(self, row, logits);
-            }
-            start = end;
-        }
-        self.work.logits = buffer;
-        finite
-    }
 }
 
 impl fmt::Debug for StageRunner {
@@ -397,23 +281,6 @@ impl fmt::Debug for StageRunner {
             .field("weights", &self.weights.range)
             .field("kernels", &self.kernels)
             .finish_non_exhaustive()
-    }
-}
-
-/// What turns the logits of a row into log-probabilities.
-struct Normalizer {
-    max: f32,
-    log_sum: f32,
-}
-
-impl Normalizer {
-    /// Returns that of `logits`, the largest of which is `max`.
-    fn new(kernels: Kernels, logits: &[f32], max: f32) -> Self {
-        Self { max, log_sum: libm::logf(kernels.sum_exp(logits, max)) }
-    }
-
-    fn logprob(&self, logits: &[f32], id: u32) -> f32 {
-        logits[id as usize] - self.max - self.log_sum
     }
 }
 

@@ -220,7 +220,8 @@ fn run(
             let mut forward = Forward { config, weights, kernels, lead, kv, work };
             forward.embed(&ids);
             let failed = forward.layers(&rows);
-            forward.logits(0..rows.len(), &mut logits);
+            let all: Vec<_> = (0..rows.len()).collect();
+            assert!(!forward.logits(&all, &mut logits).contains(&false));
             failed
         });
         for ((owner, logits), failed) in

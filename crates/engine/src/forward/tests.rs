@@ -221,7 +221,10 @@ fn run(
             forward.embed(&ids);
             let failed = forward.layers(&rows);
             let all: Vec<_> = (0..rows.len()).collect();
-            assert!(!forward.logits(&all, &mut logits).contains(&false));
+            let finite = forward.logits(&all, &mut logits);
+            let each =
+                logits.chunks_exact(config.vocab).map(|row| row.iter().all(|x| x.is_finite()));
+            assert!(each.eq(finite));
             failed
         });
         for ((owner, logits), failed) in

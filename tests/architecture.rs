@@ -83,7 +83,8 @@ fn crates_depend_downwards_only() {
         seen.insert(name);
         for dependency in &package.dependencies {
             let Some(used) = dependency.name.strip_prefix("tercet-") else { continue };
-            if !may_use.contains(&used) {
+            // A crate's own tests may turn on its features.
+            if used != name && !may_use.contains(&used) {
                 wrong.push(format!("{name} -> {used}"));
             }
         }

@@ -227,7 +227,8 @@ pub(crate) struct ComputeArgs {
     /// affinity and the CPU quota of its control group]
     #[arg(long, env = "TERCET_THREADS", value_name = "N")]
     threads: Option<NonZeroUsize>,
-    /// Instruction set: scalar or avx2 [default: the best this CPU has]
+    /// Instruction set: scalar, neon, dotprod, i8mm, avx2, avx-vnni or avx512 [default: the best this
+    /// CPU has]
     #[arg(long, env = "TERCET_ISA", value_name = "ISA")]
     pub(crate) isa: Option<Isa>,
     /// Most prompt tokens computed in one step, between the tokens of running sequences

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo run --release -p tercet-kernels --example kernels -- \
-//!     [--isa scalar|avx2] [--threads 1,2] [--tokens 1,2,4,8,16,32,128] [--ms 300] [--mib 160] \
+//!     [--isa NAME] [--threads 1,2] [--tokens 1,2,4,8,16,32,128] [--ms 300] [--mib 160] \
 //!     [--only NAME]
 //! ```
 //!

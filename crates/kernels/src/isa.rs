@@ -7,13 +7,31 @@ use std::{error::Error, fmt, str::FromStr};
 pub enum Isa {
     /// Plain Rust: the specification of every other variant.
     Scalar,
+    /// aarch64 with NEON, as every one has it.
+    Neon,
+    /// aarch64 with NEON and the dot product of bytes.
+    NeonDot,
+    /// aarch64 with NEON, the dot product and the matrix product of bytes.
+    NeonI8mm,
     /// x86-64 with AVX2, FMA, F16C, BMI1 and BMI2.
     Avx2,
+    /// x86-64 with all of AVX2 and the dot product of bytes.
+    AvxVnni,
+    /// x86-64 with all of AVX2, and AVX-512 F, BW, DQ, VL and VNNI.
+    Avx512,
 }
 
 impl Isa {
     /// Every instruction set, slowest first.
-    pub const ALL: [Self; 2] = [Self::Scalar, Self::Avx2];
+    pub const ALL: [Self; 7] = [
+        Self::Scalar,
+        Self::Neon,
+        Self::NeonDot,
+        Self::NeonI8mm,
+        Self::Avx2,
+        Self::AvxVnni,
+        Self::Avx512,
+    ];
 
     /// Returns the fastest instruction set of this CPU.
     pub fn detect() -> Self {
@@ -35,7 +53,12 @@ impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Scalar => "scalar",
+            Self::Neon => "neon",
+            Self::NeonDot => "dotprod",
+            Self::NeonI8mm => "i8mm",
             Self::Avx2 => "avx2",
+            Self::AvxVnni => "avx-vnni",
+            Self::Avx512 => "avx512",
         })
     }
 }
@@ -80,7 +103,11 @@ mod tests {
             assert_eq!(isa.to_string().parse(), Ok(isa));
         }
         let error = "sse9".parse::<Isa>().unwrap_err();
-        assert_eq!(error.to_string(), "no instruction set \"sse9\"; expected one of scalar avx2");
+        assert_eq!(
+            error.to_string(),
+            "no instruction set \"sse9\"; expected one of scalar neon dotprod i8mm avx2 avx-vnni \
+             avx512"
+        );
     }
 
     #[test]

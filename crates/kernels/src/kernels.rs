@@ -4,8 +4,11 @@
 use crate::x86_64::avx2::Avx2;
 use crate::{
     AttentionScratch, BLOCK_POSITIONS, ColumnsMut, DenseMatrix, Int8RowMut, Int8Rows, Isa,
-    NonFinite, SCALE_BLOCK, TernaryMatrix, TernaryScratch, attention::Shape, rows::RowFacts,
+    NonFinite, SCALE_BLOCK, TernaryMatrix, TernaryScratch,
+    attention::Shape,
+    rows::RowFacts,
     scalar,
+    vector::{self, Vectors},
 };
 
 /// All arithmetic, in one variant that this CPU is known to have.
@@ -22,6 +25,7 @@ enum Variant {
     Scalar,
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
+    Vectors(Vectors),
 }
 
 impl Kernels {
@@ -36,10 +40,21 @@ impl Kernels {
             Isa::Scalar => Variant::Scalar,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Variant::Avx2(Avx2::detect()?),
-            #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 => return None,
+            #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => Variant::Avx2(Avx2::detect_vnni()?),
+            _ => Variant::Vectors(Vectors::detect(isa)?),
         };
         Some(Self { variant })
+    }
+
+    /// Returns a stand-in for the variant of an instruction set, on any CPU: the same algorithms on
+    /// plain arrays, of the width and with the arithmetic of its vectors. `None` for the scalar one,
+    /// which has none.
+    ///
+    /// It is for tests, and slow.
+    #[cfg(feature = "emulated")]
+    pub fn emulated(isa: Isa) -> Option<Self> {
+        (isa != Isa::Scalar).then_some(Self { variant: Variant::Vectors(Vectors::Emulated(isa)) })
     }
 
     /// Returns the instruction set of the variant.
@@ -47,7 +62,8 @@ impl Kernels {
         match self.variant {
             Variant::Scalar => Isa::Scalar,
             #[cfg(target_arch = "x86_64")]
-            Variant::Avx2(_) => Isa::Avx2,
+            Variant::Avx2(avx2) => avx2.isa(),
+            Variant::Vectors(vectors) => vectors.isa(),
         }
     }
 
@@ -88,6 +104,7 @@ impl Kernels {
             Variant::Scalar => scalar::ternary::quantize(x, values),
             #[cfg(target_arch = "x86_64")]
             Variant::Avx2(avx2) => avx2.quantize(x, values),
+            Variant::Vectors(vectors) => vectors.run(vector::Quantize { x, values }),
         }
     }
 
@@ -113,6 +130,9 @@ impl Kernels {
                 Variant::Scalar => scalar::ternary::matmul_blocks(w, scales, x, n, out),
                 #[cfg(target_arch = "x86_64")]
                 Variant::Avx2(avx2) => avx2.ternary_matmul_blocks(w, scales, x, n, out),
+                Variant::Vectors(vectors) => {
+                    vectors.multiply(vector::TernaryMatmulBlocks { w, scales, x, n, out });
+                }
             };
         }
         let one = n == 0 || x.block_scales(0).is_none();
@@ -122,6 +142,9 @@ impl Kernels {
             Variant::Scalar => scalar::ternary::matmul(w, scale, x, n, out),
             #[cfg(target_arch = "x86_64")]
             Variant::Avx2(avx2) => avx2.ternary_matmul(w, scale, x, n, out, scratch),
+            Variant::Vectors(vectors) => {
+                vectors.multiply(vector::TernaryMatmul { w, scale, x, n, out });
+            }
         }
     }
 
@@ -143,6 +166,7 @@ impl Kernels {
             Variant::Scalar => scalar::dense::matmul(w, x, out),
             #[cfg(target_arch = "x86_64")]
             Variant::Avx2(avx2) => avx2.dense_matmul(w, x, out),
+            Variant::Vectors(vectors) => vectors.run(vector::DenseMatmul { w, x, out }),
         }
     }
 
@@ -156,6 +180,9 @@ impl Kernels {
             Variant::Scalar => scalar::dense::row(w.kind(), w.row_bytes(row), out),
             #[cfg(target_arch = "x86_64")]
             Variant::Avx2(avx2) => avx2.dense_row(w.kind(), w.row_bytes(row), out),
+            Variant::Vectors(vectors) => {
+                vectors.run(vector::DenseRow { kind: w.kind(), bytes: w.row_bytes(row), out });
+            }
         }
     }
 
@@ -169,6 +196,7 @@ impl Kernels {
             Variant::Scalar => scalar::lanes::dot(a, b),
             #[cfg(target_arch = "x86_64")]
             Variant::Avx2(avx2) => avx2.dot(a, b),
+            Variant::Vectors(vectors) => vectors.run(vector::Dot { a, b }),
         }
     }
 
@@ -187,6 +215,9 @@ impl Kernels {
             Variant::Scalar => scalar::vector::scale(x, inverse, weight, out),
             #[cfg(target_arch = "x86_64")]
             Variant::Avx2(avx2) => avx2.scale(x, inverse, weight, out),
+            Variant::Vectors(vectors) => {
+                vectors.run(vector::Scale { x, factor: inverse, weight, out });
+            }
         }
     }
 
@@ -200,6 +231,7 @@ impl Kernels {
             Variant::Scalar => scalar::vector::relu2_mul(gate, up),
             #[cfg(target_arch = "x86_64")]
             Variant::Avx2(avx2) => avx2.relu2_mul(gate, up),
+            Variant::Vectors(vectors) => vectors.run(vector::Relu2Mul { gate, up }),
         }
     }
 
@@ -213,6 +245,7 @@ impl Kernels {
             Variant::Scalar => scalar::vector::silu_mul(gate, up),
             #[cfg(target_arch = "x86_64")]
             Variant::Avx2(avx2) => avx2.silu_mul(gate, up),
+            Variant::Vectors(vectors) => vectors.run(vector::SiluMul { gate, up }),
         }
     }
 
@@ -226,6 +259,7 @@ impl Kernels {
             Variant::Scalar => scalar::vector::add(acc, x),
             #[cfg(target_arch = "x86_64")]
             Variant::Avx2(avx2) => avx2.add(acc, x),
+            Variant::Vectors(vectors) => vectors.run(vector::Add { acc, x }),
         }
     }
 
@@ -241,6 +275,7 @@ impl Kernels {
             Variant::Scalar => scalar::vector::rope(head, cos, sin),
             #[cfg(target_arch = "x86_64")]
             Variant::Avx2(avx2) => avx2.rope(head, cos, sin),
+            Variant::Vectors(vectors) => vectors.run(vector::Rope { head, cos, sin }),
         }
     }
 
@@ -282,6 +317,9 @@ impl Kernels {
             Variant::Scalar => scalar::attention::attend(q, kv, shape, scratch, out),
             #[cfg(target_arch = "x86_64")]
             Variant::Avx2(avx2) => avx2.attend(q, kv, shape, scratch, out),
+            Variant::Vectors(vectors) => {
+                vectors.run(vector::Attend { q, kv, shape, scratch, out });
+            }
         }
     }
 
@@ -291,6 +329,7 @@ impl Kernels {
             Variant::Scalar => scalar::lanes::sum_exp(x, max),
             #[cfg(target_arch = "x86_64")]
             Variant::Avx2(avx2) => avx2.sum_exp(x, max),
+            Variant::Vectors(vectors) => vectors.run(vector::SumExp { x, max }),
         }
     }
 
@@ -303,6 +342,7 @@ impl Kernels {
             Variant::Scalar => scalar::exp::exp(x),
             #[cfg(target_arch = "x86_64")]
             Variant::Avx2(avx2) => avx2.exp(x),
+            Variant::Vectors(vectors) => vectors.run(vector::Exp(x)),
         }
     }
 
@@ -313,6 +353,7 @@ impl Kernels {
             Variant::Scalar => scalar::vector::argmax(x),
             #[cfg(target_arch = "x86_64")]
             Variant::Avx2(avx2) => avx2.argmax(x),
+            Variant::Vectors(vectors) => vectors.run(vector::Argmax(x)),
         }
     }
 }

@@ -47,6 +47,8 @@
     reason = "vector loads, disjoint columns of one buffer and the hand-over between threads"
 )]
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 mod attention;
 mod bytes;
 mod crew;
@@ -59,6 +61,7 @@ mod pack;
 mod rows;
 mod scalar;
 mod scratch;
+mod vector;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 

@@ -1,3 +1,5 @@
 //! Variants for x86-64.
 
 pub(crate) mod avx2;
+pub(crate) mod avx512;
+mod avx_vnni;

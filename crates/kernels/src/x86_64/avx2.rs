@@ -13,15 +13,24 @@ mod lanes;
 mod memory;
 mod ternary;
 mod vector;
+mod vectors;
 
+pub(super) use self::vectors::totals_of_eight;
+use super::avx_vnni::AvxVnni;
 use crate::{
-    AttentionScratch, ColumnsMut, DenseMatrix, DenseType, Int8Rows, TernaryMatrix, TernaryScratch,
-    attention::Shape, rows::RowFacts,
+    AttentionScratch, ColumnsMut, DenseMatrix, DenseType, Int8Rows, Isa, TernaryMatrix,
+    TernaryScratch,
+    attention::Shape,
+    rows::RowFacts,
+    vector::{TernaryMatmul, TernaryMatmulBlocks},
 };
 
-/// Proof that AVX2, FMA, F16C, BMI1 and BMI2 may be executed on this CPU.
+/// Proof that AVX2, FMA, F16C, BMI1 and BMI2 may be executed on this CPU, and the proof of more for
+/// what it makes faster.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Avx2(());
+pub(crate) struct Avx2 {
+    vnni: Option<AvxVnni>,
+}
 
 impl Avx2 {
     /// Returns the proof if the CPU and the operating system support every feature.
@@ -31,7 +40,22 @@ impl Avx2 {
             && is_x86_feature_detected!("f16c")
             && is_x86_feature_detected!("bmi1")
             && is_x86_feature_detected!("bmi2");
-        supported.then_some(Self(()))
+        supported.then_some(Self { vnni: None })
+    }
+
+    /// Returns the proof of AVX2 and of AVX-VNNI.
+    pub(crate) fn detect_vnni() -> Option<Self> {
+        AvxVnni::detect(Self::detect()?).map(Self::of)
+    }
+
+    /// Returns the proof that is part of another.
+    pub(super) fn of(vnni: AvxVnni) -> Self {
+        Self { vnni: Some(vnni) }
+    }
+
+    /// Returns the instruction set that the products of bytes use.
+    pub(crate) fn isa(self) -> Isa {
+        if self.vnni.is_some() { Isa::AvxVnni } else { Isa::Avx2 }
     }
 
     pub(crate) fn quantize(self, x: &[f32], values: &mut [u8]) -> Option<RowFacts> {
@@ -48,6 +72,9 @@ impl Avx2 {
         out: ColumnsMut<'_>,
         scratch: &mut TernaryScratch,
     ) {
+        if let Some(vnni) = self.vnni {
+            return vnni.multiply(TernaryMatmul { w, scale, x, n, out });
+        }
         // SAFETY: `self` exists, so the CPU has the features.
         unsafe { ternary::matmul(w, scale, x, n, out, scratch) }
     }
@@ -60,6 +87,9 @@ impl Avx2 {
         n: usize,
         out: ColumnsMut<'_>,
     ) {
+        if let Some(vnni) = self.vnni {
+            return vnni.multiply(TernaryMatmulBlocks { w, scales, x, n, out });
+        }
         // SAFETY: `self` exists, so the CPU has the features.
         unsafe { ternary::blocks::matmul(w, scales, x, n, out) }
     }

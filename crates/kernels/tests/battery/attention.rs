@@ -54,7 +54,7 @@ fn compare(random: &mut Random, group: usize, head_dim: usize, positions: usize)
         let mut scratch = AttentionScratch::default();
         for _ in 0..2 {
             let found = cache.attend(kernels, &mut scratch, &q, positions);
-            assert_bits(kernels.isa(), &found, &expected, (group, head_dim, positions));
+            assert_bits(kernels, &found, &expected, (group, head_dim, positions));
         }
     }
 }
@@ -116,7 +116,7 @@ fn the_order_is_the_documented_one() {
     }
     let expected: Vec<f32> = values.iter().map(|value| value / sum).collect();
     let found = cache.attend(kernels, &mut AttentionScratch::default(), &q, positions);
-    assert_bits(kernels.isa(), &found, &expected, positions);
+    assert_bits(kernels, &found, &expected, positions);
 }
 
 #[test]
@@ -155,7 +155,7 @@ fn positions_behind_the_last_are_not_read() {
         keys[(positions - 64) * head_dim..].fill(f32::NAN);
         values[(positions - 64) * head_dim..].fill(f32::NAN);
         let found = cache.attend(kernels, &mut scratch, &q, positions);
-        assert_bits(kernels.isa(), &found, &expected, positions);
+        assert_bits(kernels, &found, &expected, positions);
     }
 }
 
@@ -171,7 +171,7 @@ fn a_poisoned_key_poisons_the_result_in_every_variant() {
             let q = vec![1.0; 2 * head_dim];
             for kernels in variants().into_iter().chain([scalar()]) {
                 let found = cache.attend(kernels, &mut AttentionScratch::default(), &q, positions);
-                assert!(found.iter().all(|x| x.is_nan()), "{} at {position}", kernels.isa());
+                assert!(found.iter().all(|x| x.is_nan()), "{kernels:?} at {position}");
             }
         }
     }

@@ -43,11 +43,11 @@ fn compare(w: &DenseMatrix, x: &[f32]) {
     assert_bits(Isa::Scalar, &product(scalar(), w, x, &[]), &expected, what);
     for kernels in variants() {
         for (row, expected) in rows.iter().enumerate() {
-            assert_bits(kernels.isa(), &weights(kernels, w, row), expected, w);
+            assert_bits(kernels, &weights(kernels, w, row), expected, w);
         }
-        assert_bits(kernels.isa(), &product(kernels, w, x, &[]), &expected, what);
+        assert_bits(kernels, &product(kernels, w, x, &[]), &expected, what);
         let cuts = [w.rows() / 3, w.rows() / 2];
-        assert_bits(kernels.isa(), &product(kernels, w, x, &cuts), &expected, what);
+        assert_bits(kernels, &product(kernels, w, x, &cuts), &expected, what);
     }
 }
 
@@ -77,7 +77,7 @@ fn every_half_precision_number_is_exact() {
         let w = DenseMatrix::new(kind, 1, 65536, bytes.as_slice().into()).unwrap();
         let expected = weights(scalar(), &w, 0);
         for kernels in variants() {
-            assert_bits(kernels.isa(), &weights(kernels, &w, 0), &expected, kind);
+            assert_bits(kernels, &weights(kernels, &w, 0), &expected, kind);
         }
     }
 }

@@ -1,12 +1,14 @@
-//! Every instruction set of this CPU, every operation, many shapes: the bits of the scalar variant.
+//! Every instruction set of this CPU and the stand-in of every other, every operation, many shapes:
+//! the bits of the scalar variant.
 //!
-//! An instruction set that the CPU lacks is named on standard error, past the capture of the test
-//! harness, and its tests are then no evidence.
+//! What ran, and what did not because the CPU lacks it, is told on standard error, past the capture
+//! of the test harness; see `report`.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod attention;
 mod dense;
+mod report;
 mod support;
 mod ternary;
 mod vector;

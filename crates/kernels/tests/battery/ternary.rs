@@ -61,9 +61,9 @@ fn compare(w: &TernaryMatrix, x: &[f32]) {
     assert_bits(Isa::Scalar, &product(scalar(), w, &rows, &[]), &expected, shape);
     for kernels in variants() {
         let rows = quantized(kernels, x, w.cols());
-        assert_bits(kernels.isa(), &product(kernels, w, &rows, &[]), &expected, shape);
+        assert_bits(kernels, &product(kernels, w, &rows, &[]), &expected, shape);
         let cuts = [w.rows() / 3, w.rows() / 2];
-        assert_bits(kernels.isa(), &product(kernels, w, &rows, &cuts), &expected, shape);
+        assert_bits(kernels, &product(kernels, w, &rows, &cuts), &expected, shape);
     }
 }
 
@@ -75,7 +75,7 @@ fn compare_blocks(w: &TernaryMatrix, x: &[f32]) {
     for kernels in variants().into_iter().chain([scalar()]) {
         for cuts in [&[][..], &[w.rows() / 3, w.rows() / 2]] {
             let found = product(kernels, w, &rows(kernels), cuts);
-            assert_bits(kernels.isa(), &found, &expected, (w, n));
+            assert_bits(kernels, &found, &expected, (w, n));
         }
     }
 }
@@ -178,7 +178,7 @@ fn the_worst_sums_do_not_wrap() {
                 for kernels in variants() {
                     let rows = quantized(kernels, &x, cols);
                     assert_bits(
-                        kernels.isa(),
+                        kernels,
                         &product(kernels, &w, &rows, &[]),
                         &vec![sum; 5 * n],
                         cols,
@@ -229,9 +229,9 @@ fn assert_quantised_alike(x: &[f32]) {
     let expected = quantized(scalar(), x, x.len());
     for kernels in variants() {
         let found = quantized(kernels, x, x.len());
-        assert_bits(kernels.isa(), &[found.scale(0)], &[expected.scale(0)], x.len());
+        assert_bits(kernels, &[found.scale(0)], &[expected.scale(0)], x.len());
         for col in 0..x.len() {
-            assert_eq!(found.value(0, col), expected.value(0, col), "{}, {x:?}", kernels.isa());
+            assert_eq!(found.value(0, col), expected.value(0, col), "{kernels:?}, {x:?}");
         }
     }
 }
@@ -244,12 +244,12 @@ fn quantisation_rounds_ties_to_even() {
     for kernels in variants().into_iter().chain([scalar()]) {
         let x: Vec<f32> = x.iter().copied().cycle().take(64).collect();
         let rows = quantized(kernels, &x, 64);
-        assert_bits(kernels.isa(), &[rows.scale(0)], &[1.0], "scale");
+        assert_bits(kernels, &[rows.scale(0)], &[1.0], "scale");
         for col in 0..64 {
-            assert_eq!(rows.value(0, col), expected[col % 8], "{}, column {col}", kernels.isa());
+            assert_eq!(rows.value(0, col), expected[col % 8], "{kernels:?}, column {col}");
         }
         let rows = quantized(kernels, &[0.0; 40], 40);
-        assert_bits(kernels.isa(), &[rows.scale(0)], &[1e-5 / 127.0], "scale of zeros");
+        assert_bits(kernels, &[rows.scale(0)], &[1e-5 / 127.0], "scale of zeros");
     }
 }
 

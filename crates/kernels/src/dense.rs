@@ -1,6 +1,6 @@
 //! Dense matrices in the storage of the file they come from.
 
-use std::fmt;
+use std::{fmt, ops::Range};
 
 use crate::{ShapeError, WeightBytes, pack::MAX_COLS};
 
@@ -144,7 +144,15 @@ impl DenseMatrix {
 
     /// Checks that every weight is a finite number; reads all bytes.
     pub fn validate(&self) -> Result<(), ShapeError> {
-        for row in 0..self.rows {
+        self.validate_rows(0..self.rows)
+    }
+
+    /// As [`Self::validate`], of some rows only.
+    ///
+    /// # Panics
+    /// If the rows do not exist.
+    pub fn validate_rows(&self, rows: Range<usize>) -> Result<(), ShapeError> {
+        for row in rows {
             let bytes = self.row_bytes(row);
             if !all_finite(self.kind, bytes) {
                 let block = bytes

@@ -191,6 +191,9 @@ impl Storage {
     }
 }
 
+/// Rows of a dense matrix that one thread checks at a time.
+const DENSE_ROWS: usize = 1024;
+
 /// One tensor: where it is and what it holds. Shape, type and place have been checked; its values
 /// have not been touched.
 #[derive(Clone, Debug)]
@@ -264,7 +267,14 @@ impl Tensor {
         let bytes = self.file.share(self.range.clone());
         let matrix = DenseMatrix::new(kind, self.rows, self.cols, bytes)
             .map_err(|error| self.error(format!("does not fit its shape: {error}")))?;
-        matrix.validate().map_err(|error| self.error(format!("is damaged: {error}")))?;
+        let starts: Vec<usize> = (0..self.rows).step_by(DENSE_ROWS).collect();
+        let check = |start: usize| {
+            matrix.validate_rows(start..self.rows.min(start + DENSE_ROWS))
+        };
+        // Gathered before any error is looked at, so that it is always the first.
+        let checks: Vec<_> = starts.into_par_iter().map(check).collect();
+        let checked: Result<(), _> = checks.into_iter().collect();
+        checked.map_err(|error| self.error(format!("is damaged: {error}")))?;
         Ok(Arc::new(matrix))
     }
 

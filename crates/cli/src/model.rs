@@ -53,11 +53,12 @@ pub(crate) fn run(action: &ModelAction, log: &LogArgs) -> Result<()> {
             })?;
             print_line(&format!("{name} is whole, identity {identity}"))?;
         }
-        ModelAction::Convert { source, out, name, ternary, lora, force } => {
+        ModelAction::Convert { source, out, name, ternary, native, lora, force } => {
             let options = ConvertOptions {
                 name: name.clone(),
                 ternary: *ternary,
                 lora: lora.clone(),
+                native: *native,
                 overwrite: *force,
             };
             let model = open(source)?;

@@ -26,6 +26,7 @@ use crate::{
     model_file::{ModelConfig, ModelError, ModelFile, Report, StageWeights},
     pipeline::Downstream,
     plan::StepResult,
+    pool::Unverified,
     pool::{ComputePool, PoolError},
     request::{SequenceEvent, SequenceRequest, SubmitError},
     runner::{LogitsObserver, StageRunner},
@@ -370,6 +371,11 @@ impl Engine {
     /// [`ModelError::Interrupted`] if `report` says so.
     pub fn part_digests(&self, report: Report<'_>) -> Result<Vec<(String, [u8; 32])>, ModelError> {
         self.facts.pool.part_digests(&self.facts.weights, report)
+    }
+
+    /// Returns the check of what a native file says of its weights, `None` for other files.
+    pub fn unverified(&self) -> Option<Unverified> {
+        Unverified::new(&self.facts.pool, &self.facts.weights)
     }
 
     /// Returns how full the engine is.

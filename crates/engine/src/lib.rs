@@ -40,7 +40,7 @@ pub use self::{
     kv::{KvError, PAGE_POSITIONS},
     model_file::{ModelConfig, ModelError, ModelFile},
     pipeline::{Downstream, Followed, Follower, LinkLost, StageFrame},
-    pool::{ComputePool, PoolError},
+    pool::{ComputePool, PoolError, Unverified},
     request::{Output, SequenceEvent, SequenceFailure, SequenceRequest, StopReason, SubmitError},
     runner::LogitsObserver,
     sampler::SamplingParams,

@@ -20,6 +20,7 @@ mod gguf;
 mod load;
 mod mapping;
 mod names;
+mod native;
 mod output;
 mod summary;
 pub mod synth;
@@ -46,6 +47,7 @@ pub use self::{
     weights::{HeadWeights, LayerWeights, StageWeights},
 };
 
+use digest::PartDigests;
 use folder::json::Json;
 use folder::model::FolderModel;
 use folder::shards::Shards;
@@ -55,6 +57,7 @@ use gguf::model::GgufModel;
 use mapping::{Arena, FileBytes};
 use tensors::{LayerTensors, Tensors};
 use tokenizer::TextParts;
+use weights::Claims;
 
 /// File formats a model can be in.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, serde::Serialize)]
@@ -89,6 +92,8 @@ pub struct ModelFile {
     /// The format it was read from.
     pub format: ModelFormat,
     tensors: Tensors,
+    /// What a native file says of its parts.
+    digests: Option<PartDigests>,
 }
 
 impl ModelFile {
@@ -130,12 +135,17 @@ impl ModelFile {
         let own = gguf.value("general.name").and_then(|name| name.as_str()).map(str::to_owned);
         let name = name.or(own).or(fallback).unwrap_or_default();
         let config = model.config()?;
-        let tensors = Tensors::find(&model, &config)?;
+        let mut tensors = Tensors::find(&model, &config)?;
         gguf.check_layout()?;
+        let digests = native::read(gguf, config.layers)?;
+        if digests.is_some() {
+            tensors.trust(true);
+        }
         let text = TextParts::from_gguf(gguf)?;
         text.check(gguf.file().label(), config.vocab)?;
         let generation = model.generation()?;
-        Ok(Self::assemble(ModelFormat::Gguf, name, config, text, generation, tensors))
+        let file = Self::assemble(ModelFormat::Gguf, name, config, text, generation, tensors);
+        Ok(Self { digests, ..file })
     }
 
     fn open_folder(path: &Path, name: String) -> Result<Self, ModelError> {
@@ -172,7 +182,42 @@ impl ModelFile {
         tensors: Tensors,
     ) -> Self {
         let TextParts { tokenizer, special, chat_template } = text;
-        Self { config, tokenizer, special, chat_template, generation, name, format, tensors }
+        Self {
+            config,
+            tokenizer,
+            special,
+            chat_template,
+            generation,
+            name,
+            format,
+            tensors,
+            digests: None,
+        }
+    }
+
+    /// Returns the model without faith in what a native file says of itself: its weights are
+    /// checked when they are loaded, and their digests computed.
+    #[must_use]
+    pub fn doubted(mut self) -> Self {
+        self.tensors.trust(false);
+        self
+    }
+
+    /// Compares the digests of all parts with those that a native file tells.
+    ///
+    /// # Errors
+    /// If they differ.
+    pub fn check_digests(&self, found: &[(String, [u8; 32])]) -> Result<(), ModelError> {
+        self.claims(0..self.config.layers).map_or(Ok(()), |claims| claims.check(found))
+    }
+
+    /// Returns what a native file says of the parts of a range of layers.
+    fn claims(&self, layers: Range<usize>) -> Option<Claims> {
+        let (first, last) = (layers.start == 0, layers.end == self.config.layers);
+        // The embedding, the layers, the head.
+        let parts = layers.start + usize::from(!first)..=layers.end + usize::from(last);
+        let file = self.tensors.embed.file.label().to_owned();
+        Some(Claims { file, digests: self.digests.as_ref()?[parts].to_vec() })
     }
 
     /// Loads a range of layers: the embedding too if it starts the model, the head if it ends it.
@@ -224,7 +269,9 @@ impl ModelFile {
         } else {
             None
         };
-        Ok(StageWeights { range: layers, embed: embed.filter(|_| first), layers: loaded, head })
+        let claims = self.claims(layers.clone());
+        let embed = embed.filter(|_| first);
+        Ok(StageWeights { range: layers, embed, layers: loaded, head, claims })
     }
 }
 

@@ -13,6 +13,7 @@ use crate::{
     model_file::{ModelError, ModelFile, Report},
     plan::{StepPlan, StepResult},
     pool::ComputePool,
+    pool::Unverified,
     runner::{Input, LogitsObserver, Produced, StageRunner},
 };
 
@@ -111,6 +112,11 @@ impl Follower {
     /// [`ModelError::Interrupted`] if `report` says so.
     pub fn part_digests(&self, report: Report<'_>) -> Result<Vec<(String, [u8; 32])>, ModelError> {
         self.runner.part_digests(report)
+    }
+
+    /// Returns the check of what a native file says of its weights, `None` for other files.
+    pub fn unverified(&self) -> Option<Unverified> {
+        self.runner.unverified()
     }
 
     /// Returns what it took to compute the last frame, waiting for the threads not counted.

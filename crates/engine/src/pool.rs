@@ -51,6 +51,32 @@ struct Turns {
     next: u64,
 }
 
+/// Weights whose digests are those that a native file tells, to be compared with the weights.
+#[derive(Debug)]
+pub struct Unverified {
+    pool: ComputePool,
+    weights: Arc<StageWeights>,
+}
+
+impl Unverified {
+    pub(crate) fn new(pool: &ComputePool, weights: &Arc<StageWeights>) -> Option<Self> {
+        weights.claims.as_ref()?;
+        Some(Self { pool: pool.clone(), weights: Arc::clone(weights) })
+    }
+
+    /// Hashes the weights, in turns with the steps of requests, and tells `report` how far it is.
+    ///
+    /// # Errors
+    /// If the file has lied, and [`ModelError::Interrupted`].
+    pub fn verify(self, report: Report<'_>) -> Result<(), ModelError> {
+        let mut progress = LoadProgress::of(self.weights.hashed_bytes());
+        self.weights.verify_by(&mut |bytes, piece| {
+            self.pool.install(piece);
+            progress.advance(bytes, report)
+        })
+    }
+}
+
 /// The right to compute, until dropped.
 #[derive(Debug)]
 pub(crate) struct Turn<'a>(&'a Shared);
@@ -92,12 +118,16 @@ impl ComputePool {
         Turn(&self.0)
     }
 
-    /// Returns the digests of weights, hashed in turns, and tells `report` how far it is.
+    /// Returns the digests of weights, hashed in turns, and tells `report` how far it is; those that
+    /// a native file tells are not computed.
     pub(crate) fn part_digests(
         &self,
         weights: &StageWeights,
         report: Report<'_>,
     ) -> Result<Vec<(String, [u8; 32])>, ModelError> {
+        if let Some(claims) = &weights.claims {
+            return Ok(claims.digests.clone());
+        }
         let mut progress = LoadProgress::of(weights.hashed_bytes());
         weights.part_digests_by(&mut |bytes, piece| {
             self.install(piece);

@@ -15,6 +15,7 @@ use crate::{
     model_file::{ModelConfig, ModelError, ModelFile, Report, StageWeights},
     plan::{OpenSequence, RunOutput, RunResult, SequenceId, StepPlan},
     pool::ComputePool,
+    pool::Unverified,
     sampler::{History, Sampler, SamplingParams},
 };
 
@@ -123,6 +124,10 @@ impl StageRunner {
         report: Report<'_>,
     ) -> Result<Vec<(String, [u8; 32])>, ModelError> {
         self.pool.part_digests(&self.weights, report)
+    }
+
+    pub(crate) fn unverified(&self) -> Option<Unverified> {
+        Unverified::new(&self.pool, &self.weights)
     }
 
     pub(crate) fn weights(&self) -> Arc<StageWeights> {

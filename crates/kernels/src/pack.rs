@@ -137,6 +137,13 @@ impl TernaryMatrix {
         Ok(())
     }
 
+    /// Returns the matrix as [`Self::validate`] leaves it, without a look at the codes. If some are
+    /// not valid, products are wrong.
+    #[must_use]
+    pub fn trusted(self) -> Self {
+        Self { checked: true, ..self }
+    }
+
     /// Returns the matrix with its bytes where `place` puts the same bytes, if it does.
     ///
     /// # Panics

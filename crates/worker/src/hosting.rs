@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! loading --> ready --> draining --> (streams end) --> gone
-//!    |          +-----> failed --------^   the compute thread broke down: its memory is returned,
-//!    +--> gone: damaged, interrupted       the name stays until the model is unloaded
+//!    |          +-----> failed --------^   the compute thread broke down, or a native file has lied:
+//!    |                                     its memory is returned, the name stays until the model
+//!    +--> gone: damaged, interrupted       is unloaded
 //! ```
 
 use std::{error::Error as StdError, sync::Arc, time::Duration};
@@ -33,6 +34,8 @@ use crate::{
 const FLUSH: Duration = Duration::from_secs(1);
 /// How often the load is measured and the compute thread looked after.
 const HEARTBEAT: Duration = Duration::from_millis(500);
+/// What is told of a model whose file has lied.
+const NOT_VERIFIED: &str = "its weights are not what its file says: convert the model again";
 /// What is told of a model whose compute thread ended.
 const BROKE_DOWN: &str = "its compute thread broke down: unload the model and load it again";
 
@@ -102,6 +105,12 @@ async fn read_and_serve(
     let serving = async {
         tokio::select! {
             served = serve(model, &loaded, registry) => served,
+            error = distrust(model, &loaded) => {
+                let error = &error as &dyn StdError;
+                tracing::error!(error, model = model.facts.name, "the model is not what its file says");
+                model.enter(Phase::Failed(NOT_VERIFIED.into()));
+                Ok(())
+            }
             () = look_after(model, &loaded) => {
                 tracing::error!(model = model.facts.name, "the compute thread broke down");
                 model.enter(Phase::Failed(BROKE_DOWN.into()));
@@ -199,6 +208,19 @@ pub(crate) async fn warm_up(engine: &Engine) -> Result<(), String> {
             Some(End::Failed(failure)) => return Err(failure.to_string()),
             Some(End::Scores(_) | End::Dropped) => return Err("the engine broke down".to_owned()),
         }
+    }
+}
+
+/// Compares the weights of a native file with what it says of them; returns only if it has lied.
+async fn distrust(model: &Arc<Hosted>, loaded: &Arc<Loaded>) -> ModelError {
+    // First requests come first.
+    let ready = |phase: &Phase| matches!(phase, Phase::Ready(_));
+    drop(model.phases().wait_for(ready).await);
+    let (hosted, held) = (Arc::clone(model), Arc::clone(loaded));
+    let checked = task::spawn_blocking(move || load::check(&held, &hosted)).await;
+    match checked {
+        Ok(Err(error)) if !matches!(error, ModelError::Interrupted) => error,
+        _ => std::future::pending().await,
     }
 }
 

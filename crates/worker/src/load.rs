@@ -1,6 +1,10 @@
 //! Reads a model into memory. Blocking: minutes for a large one.
 
-use std::{ops::ControlFlow, path::Path, sync::Arc};
+use std::{
+    ops::ControlFlow,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use tercet_engine::{
     Engine, EngineError, EngineOptions, Follower, ModelError, ModelFile, StepReport, demo,
@@ -54,12 +58,13 @@ pub(crate) fn load(file: &ModelFile, model: &Hosted) -> Result<Loaded, LoadError
     let options = EngineOptions { grammars: Some(Arc::clone(&grammars)), ..model.options() };
     let reading = &mut reporter(model, LoadStage::Reading);
     let hashing = &mut reporter(model, LoadStage::Hashing);
-    let (role, parts) = if facts.is_later_stage() {
+    let (role, parts, unverified) = if facts.is_later_stage() {
         let follower = Follower::load_on(file, &options, pool, reading)?;
         model.keep_kv(follower.kv_bytes());
         let parts = follower.part_digests(hashing)?;
+        let unverified = follower.unverified();
         let stage = Stage::start(follower, facts, &parts, metrics.clone());
-        (Role::Stage(stage.map_err(LoadError::Thread)?), parts)
+        (Role::Stage(stage.map_err(LoadError::Thread)?), parts, unverified)
     } else {
         let engine = Engine::load_on(file, &options, pool, None, reading)?;
         model.keep_kv(engine.kv_bytes());
@@ -69,9 +74,23 @@ pub(crate) fn load(file: &ModelFile, model: &Hosted) -> Result<Loaded, LoadError
             count(&metrics, &name, report);
             meter.step(&report.shape, report.elapsed);
         }));
-        (Role::Engine(Arc::new(engine)), parts)
+        let unverified = engine.unverified();
+        (Role::Engine(Arc::new(engine)), parts, unverified)
     };
-    Ok(Loaded { tokenizer, template, grammars, parts, role })
+    let unverified = Mutex::new(unverified);
+    Ok(Loaded { tokenizer, template, grammars, parts, unverified, role })
+}
+
+/// Compares the weights of a native file with the digests it tells, which were believed so far.
+pub(crate) fn check(loaded: &Loaded, model: &Hosted) -> Result<(), ModelError> {
+    let unverified = loaded.unverified.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let closing = model.closing.clone();
+    unverified.map_or(Ok(()), |unverified| {
+        unverified.verify(&mut |_| match closing.is_cancelled() {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        })
+    })
 }
 
 /// What [`verify`] finds of a model that is whole.
@@ -89,7 +108,7 @@ pub struct Verified {
 /// # Errors
 /// If a worker could not load it.
 pub fn verify(path: &Path, report: &mut dyn FnMut(usize, usize)) -> Result<Verified, LoadError> {
-    let file = ModelFile::open(path)?;
+    let file = ModelFile::open(path)?.doubted();
     text_parts(&file)?;
     let layers = file.config.layers;
     let mut parts = Vec::new();
@@ -97,6 +116,7 @@ pub fn verify(path: &Path, report: &mut dyn FnMut(usize, usize)) -> Result<Verif
         parts.extend(file.load(layer..layer + 1)?.part_digests());
         report(layer + 1, layers);
     }
+    file.check_digests(&parts)?;
     let identity = identity(&file.header_digest(), &parts);
     Ok(Verified { name: file.name, identity })
 }

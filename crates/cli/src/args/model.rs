@@ -47,6 +47,10 @@ pub(crate) enum ModelAction {
         /// q2_0 for models whose inputs are quantised in blocks, tq2_0 for others]
         #[arg(long = "type", value_name = "TYPE")]
         ternary: Option<TernaryType>,
+        /// Writes what lets the model load fastest: the layout of memory, and digests that a server
+        /// believes at first and checks while it answers
+        #[arg(long)]
+        native: bool,
         /// Folder of a LoRA adapter, as PEFT saves it, to merge into training weights first
         #[arg(long, value_name = "DIR")]
         lora: Option<PathBuf>,

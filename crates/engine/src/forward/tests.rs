@@ -156,6 +156,7 @@ impl Random {
             embed: Some(self.dense(config.vocab, config.hidden)),
             layers: (0..config.layers).map(|_| self.layer(config, scales)).collect(),
             head: Some(HeadWeights { norm, matrix: self.dense(config.vocab, config.hidden) }),
+            claims: None,
         }
     }
 }

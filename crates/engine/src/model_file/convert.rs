@@ -17,12 +17,14 @@ use std::path::{Path, PathBuf};
 
 use tercet_kernels::DenseType;
 
+use super::digest::PartDigests;
 use super::error::ModelError;
 use super::folder::narrow;
 use super::gguf::model::{SCALES_KEY, SCALES_PER_LAYER, sampling};
 use super::gguf::rope::{FACTORS, llama3, llama3_factors, yarn_attention};
 use super::gguf::types;
 use super::gguf::writer::{Layout, Metadata, TensorPlan};
+use super::native;
 use super::output::{OutputFile, Progress};
 use super::tensors::{Part, Storage, Tensor};
 use super::ternary::encode::TernaryType;
@@ -45,6 +47,9 @@ pub struct ConvertOptions {
     pub ternary: Option<TernaryType>,
     /// Folder of an adapter to merge into training weights.
     pub lora: Option<PathBuf>,
+    /// Whether the file shall tell the digests of its parts, so that it loads fast; its ternary
+    /// matrices then have the layout of memory.
+    pub native: bool,
     /// Whether an existing file may be replaced.
     pub overwrite: bool,
 }
@@ -80,9 +85,16 @@ pub fn to_gguf(
     options: &ConvertOptions,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Converted, ModelError> {
-    let ternary = choose(model, options.ternary)?;
+    let ternary = if options.native {
+        choose_native(model, options)?
+    } else {
+        choose(model, options.ternary)?
+    };
     let adapter = options.lora.as_ref().map(|folder| Adapter::open(folder, model)).transpose()?;
     let mut metadata = metadata(model, options.name.as_deref().unwrap_or(&model.name), ternary);
+    if options.native {
+        metadata.string(native::KEY, &native::encode(&digests(model)?));
+    }
     let keeps_scales = matches!(ternary, TernaryType::Tq1_0 | TernaryType::Tq2_0);
     if keeps_scales {
         // Known when all matrices are written.
@@ -114,6 +126,12 @@ pub fn to_gguf(
             Content::Numbers(values) => out.write(&floats(values)),
         }
     })?;
+    if options.native && rounded_scales > 0 {
+        return Err(unwritable(
+            model,
+            &format!("{rounded_scales} scales do not fit half precision"),
+        ));
+    }
     let same_header = ModelFile::open(out)?.header_digest() == model.header_digest();
     Ok(Converted { bytes, ternary, rounded_scales, same_header })
 }
@@ -151,6 +169,39 @@ fn choose(model: &ModelFile, asked: Option<TernaryType>) -> Result<TernaryType, 
             model.config.activations
         ),
     })
+}
+
+/// Returns the storage of the ternary matrices that is their layout in memory.
+fn choose_native(model: &ModelFile, options: &ConvertOptions) -> Result<TernaryType, ModelError> {
+    let chosen = match model.config.activations {
+        ActivationScheme::Block64 => TernaryType::Q2_0,
+        _ => TernaryType::I2S,
+    };
+    match options {
+        ConvertOptions { lora: Some(_), .. } => Err(unwritable(
+            model,
+            "its digests are known only when the adapter is merged; merge it in a conversion \
+             before this one",
+        )),
+        ConvertOptions { ternary: Some(asked), .. } if *asked != chosen => {
+            Err(unwritable(model, &format!("{asked} is not the layout of memory, {chosen} is")))
+        }
+        _ => Ok(chosen),
+    }
+}
+
+fn unwritable(model: &ModelFile, problem: &str) -> ModelError {
+    let what = format!("{} as a native file", model.name);
+    ModelError::Unwritable { what, problem: problem.to_owned() }
+}
+
+/// Returns the digests of all parts, one layer in memory at a time.
+fn digests(model: &ModelFile) -> Result<PartDigests, ModelError> {
+    let mut parts = Vec::new();
+    for layer in 0..model.config.layers {
+        parts.extend(model.load(layer..layer + 1)?.part_digests());
+    }
+    Ok(parts)
 }
 
 /// Returns the metadata of a converted model.

@@ -30,6 +30,9 @@ const PAGE: usize = 4096;
 /// A digest.
 type Digest = [u8; 32];
 
+/// The digest of each part: `embed`, `layer.N`, `head`.
+pub(crate) type PartDigests = Vec<(String, Digest)>;
+
 /// Hashes fields with their lengths, so that no two sequences of fields look alike.
 struct Fields(Hasher);
 
@@ -239,6 +242,12 @@ impl StageWeights {
             parts.push(("head".to_owned(), part([vector(norm), matrix])));
         }
         Ok(parts)
+    }
+
+    /// Compares what the file says of its parts with what they are, in pieces that `run` does.
+    pub(crate) fn verify_by(&self, run: HashPiece<'_>) -> Result<(), ModelError> {
+        let Some(claims) = &self.claims else { return Ok(()) };
+        claims.check(&self.part_digests_by(run)?)
     }
 
     /// Returns how many bytes [`Self::part_digests_by`] reads.

@@ -104,6 +104,9 @@ fn check(
 ) -> Result<TernaryMatrix, ModelError> {
     let mut matrix =
         matrix.map_err(|error| tensor.error(format!("does not fit its shape: {error}")))?;
+    if tensor.trusted {
+        return Ok(matrix.trusted());
+    }
     matrix.validate().map_err(|error| tensor.error(format!("is damaged: {error}")))?;
     Ok(matrix)
 }

@@ -5,6 +5,7 @@ mod fixtures;
 mod folders;
 mod formats;
 mod malformed;
+mod natives;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

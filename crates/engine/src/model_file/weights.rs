@@ -5,6 +5,9 @@ use std::sync::Arc;
 
 use tercet_kernels::{DenseMatrix, TernaryMatrix};
 
+use super::digest::PartDigests;
+use super::error::ModelError;
+
 /// The weights of one stage: a contiguous range of layers, with the embedding if it starts the
 /// model and the head if it ends it.
 #[derive(Debug)]
@@ -17,6 +20,29 @@ pub struct StageWeights {
     pub layers: Vec<LayerWeights>,
     /// Final norm and head, present if the range ends the model.
     pub head: Option<HeadWeights>,
+    /// What a native file says of these parts, believed until it was verified.
+    pub(crate) claims: Option<Claims>,
+}
+
+/// Digests that nobody has computed from the weights yet.
+#[derive(Debug)]
+pub(crate) struct Claims {
+    /// The file that says so.
+    pub(crate) file: String,
+    /// Those of the parts held, in order.
+    pub(crate) digests: PartDigests,
+}
+
+impl Claims {
+    /// Compares the digests with those computed.
+    pub(crate) fn check(&self, found: &[(String, [u8; 32])]) -> Result<(), ModelError> {
+        let wrong = found.iter().zip(&self.digests).find(|(found, claimed)| found != claimed);
+        let Some(((part, _), _)) = wrong else { return Ok(()) };
+        Err(ModelError::Damaged {
+            file: self.file.clone(),
+            problem: format!("the digest of its part {part} is not the one it tells"),
+        })
+    }
 }
 
 /// The weights of one layer.

@@ -10,7 +10,7 @@ use std::{
 
 use tercet_cluster::{LayerRange, ModelRecord, ModelState, Rate};
 use tercet_engine::{
-    ComputePool, Engine, EngineOptions, ModelConfig, PAGE_POSITIONS,
+    ComputePool, Engine, EngineOptions, ModelConfig, PAGE_POSITIONS, Unverified,
     model_file::{GenerationDefaults, ModelFile, Totals},
 };
 use tercet_proto::{Reason, v1};
@@ -93,6 +93,8 @@ pub(crate) struct Loaded {
     pub(crate) grammars: Arc<Grammars>,
     /// Digests of the tensors held, in model order.
     pub(crate) parts: Vec<(String, [u8; 32])>,
+    /// Weights of a native file that have not been compared with these digests.
+    pub(crate) unverified: Mutex<Option<Unverified>>,
     pub(crate) role: Role,
 }
 

@@ -58,6 +58,7 @@ impl FolderModel {
             paired_heads: None,
             factor: None,
             exact_scale: None,
+            trusted: false,
         }
     }
 }

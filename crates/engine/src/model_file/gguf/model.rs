@@ -296,6 +296,7 @@ impl GgufModel {
             paired_heads: None,
             factor: None,
             exact_scale: None,
+            trusted: false,
         })
     }
 

@@ -81,8 +81,8 @@ def arguments():
     parser.add_argument("--rate", type=float, default=20.0, help="tokens per second of each stream")
     parser.add_argument("--seconds", type=float, default=5.0, help="that each run takes about")
     parser.add_argument("--runs", type=int, default=5, help="of each, alternating")
-    parser.add_argument("--threads", type=int, default=2, help="of nginx and HAProxy; the gateway has 2")
-    parser.add_argument("--only", default="direct,tercet,before,nginx,haproxy", help="what to measure")
+    parser.add_argument("--threads", type=int, default=2, help="of nginx, HAProxy and tercet-threads; tercet has 1")
+    parser.add_argument("--only", default="direct,tercet,tercet-threads,before,nginx,haproxy", help="what to measure")
     parser.add_argument("--slow", action="store_true", help="only the memory of 10,000 slow streams")
     return parser.parse_args()
 
@@ -182,9 +182,9 @@ class Stage:
         line(process, "registered")
         return address
 
-    def gateway(self, binary, etcd, streams=1024):
-        process = self.start(binary, "gateway", "--listen", "127.0.0.1:0", "--etcd", etcd, "--cluster", "default", "--max-streams", streams,
-                             "--metrics-listen", "127.0.0.1:0", "--drain-timeout", "100ms")
+    def gateway(self, binary, etcd, *settings):
+        process = self.start(binary, "gateway", "--listen", "127.0.0.1:0", "--etcd", etcd, "--cluster", "default",
+                             "--metrics-listen", "127.0.0.1:0", "--drain-timeout", "100ms", *settings)
         address = line(process, "listening on ")
         return address, process.pid
 
@@ -221,6 +221,7 @@ def compare(args, stage):
     makers = {
         "direct": lambda: (workers[0], None),
         "tercet": lambda: stage.gateway(args.tercet, etcd),
+        "tercet-threads": lambda: stage.gateway(args.tercet, etcd, "--io-threads", args.threads),
         "before": lambda: stage.gateway(args.before, etcd),
         "nginx": lambda: stage.nginx(workers),
         "haproxy": lambda: stage.haproxy(workers),
@@ -237,7 +238,7 @@ def compare(args, stage):
             told["cpu"] = (cpu_seconds(pid) - begun if pid else 0) / told["messages"] * 1e6
             if run >= 0:
                 runs[name].append(told)
-                print(f"{run} {name:8} {told['messages']} messages, CPU {told['cpu']:.1f} s per million, latency "
+                print(f"{run} {name:14} {told['messages']} messages, CPU {told['cpu']:.1f} s per million, latency "
                       f"{told['latency_micros']} us, {told['seconds']:.1f} s", file=sys.stderr)
     print(f"{args.streams} streams on {args.connections} connections, {args.streams * args.rate:.0f} messages/s, "
           f"{args.runs} runs of {args.seconds:g} s, median (least-most)")
@@ -257,7 +258,7 @@ def slow(args, stage):
     etcd = stage.etcd()
     for number in range(2):
         stage.worker(number, etcd, 0.1, streams)
-    address, pid = stage.gateway(args.tercet, etcd, 2 * streams)
+    address, pid = stage.gateway(args.tercet, etcd, "--max-streams", 2 * streams)
     idle = resident_mib(pid)
     command = [f"{args.helpers}/token-load", address, "--streams", streams, "--connections", 100, "--tokens", 4,
                "--spread-millis", 10_000]

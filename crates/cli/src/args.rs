@@ -158,6 +158,10 @@ pub(crate) struct GatewayArgs {
     /// Address to serve gRPC at; port 0 takes a free one
     #[arg(long, env = "TERCET_LISTEN", value_name = "HOST:PORT", default_value = DEFAULT_ADDRESS)]
     pub(crate) listen: String,
+    /// Threads for connections. One is enough for tens of thousands of tokens per second; with
+    /// more, each token costs more
+    #[arg(long, env = "TERCET_IO_THREADS", value_name = "N", default_value = "1")]
+    pub(crate) io_threads: NonZeroUsize,
     #[command(flatten)]
     pub(crate) cluster: ClusterArgs,
     #[command(flatten)]

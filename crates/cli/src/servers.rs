@@ -44,9 +44,8 @@ pub(crate) fn worker(args: &WorkerArgs, log: &LogArgs) -> Result<()> {
 
 /// Runs `tercet gateway`.
 pub(crate) fn gateway(args: &GatewayArgs, log: &LogArgs) -> Result<()> {
-    process::run(identity("tercet-gateway", args.listen.clone(), &args.server), log, || {
-        route_until_stopped(args).boxed()
-    })
+    let identity = identity("tercet-gateway", args.listen.clone(), &args.server);
+    process::run_on(args.io_threads, identity, log, || route_until_stopped(args).boxed())
 }
 
 fn identity<'a>(service: &'static str, instance: String, args: &'a ServerArgs) -> Identity<'a> {

@@ -126,6 +126,7 @@ fn the_fixed_spellings_parse() {
         "drain w1 --wait",
         "drain --wait=1m w1 --connect 127.0.0.1:7173",
         "gateway --etcd a:1 --admin-listen off",
+        "gateway --etcd a:1 --io-threads 4",
         "--log debug serve",
         "serve --log-format json",
     ] {
@@ -151,6 +152,7 @@ fn wrong_usage_is_refused() {
         ("serve --prefill-stretch 1", ErrorKind::ValueValidation),
         ("worker --layers 3..3 --etcd a:1", ErrorKind::ValueValidation),
         ("worker", ErrorKind::MissingRequiredArgument),
+        ("gateway --etcd a:1 --io-threads 0", ErrorKind::ValueValidation),
         ("gateway --etcd a:1 --cluster a/b", ErrorKind::ValueValidation),
         ("generate", ErrorKind::MissingRequiredArgument),
         ("generate --prompt x --max-tokens 0", ErrorKind::ValueValidation),

@@ -4,6 +4,8 @@
 //! machine: weights come from a counter-based generator keyed by seed and tensor name, scales are
 //! exact in f16, and head values are exact in every type but Q4_0. Files are streamed: memory
 //! use does not depend on the shape.
+//!
+//! How large the weights are follows trained models: see `shape::Gains`.
 
 mod encode;
 mod random;
@@ -80,8 +82,8 @@ fn write_sizes(
             rows: tensor.rows,
             cols: tensor.cols,
             kind: match tensor.fill {
-                Fill::Norm => types::F32,
-                Fill::Ternary => options.ternary.number(),
+                Fill::Norm { .. } | Fill::SignedNorm { .. } => types::F32,
+                Fill::Ternary { .. } => options.ternary.number(),
                 Fill::Dense => options.head.number(),
             },
         })
@@ -93,18 +95,29 @@ fn write_sizes(
         let tensor = &tensors[index];
         let stream = Stream::new(options.seed, &tensor.name);
         match tensor.fill {
-            Fill::Norm => out.write(&encode::norm(&stream, tensor.cols)),
-            Fill::Ternary => write_ternary(tensor, &stream, options.ternary, out),
+            Fill::Norm { gain } => out.write(&encode::norm(&stream, tensor.cols, gain)),
+            Fill::SignedNorm { gain } => {
+                out.write(&encode::signed_norm(&stream, tensor.cols, gain))
+            }
+            Fill::Ternary { gain } => {
+                let scale = scale(&stream, tensor.cols, gain);
+                write_ternary(tensor, &stream, scale, options.ternary, out)
+            }
             Fill::Dense => write_dense(tensor, &stream, options.head, out),
         }
     })
 }
 
 /// What a tensor is filled with.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum Fill {
-    Norm,
-    Ternary,
+    /// Around the gain.
+    Norm { gain: f32 },
+    /// Around the gain or its negation.
+    SignedNorm { gain: f32 },
+    /// Outputs spread by about the gain for inputs that spread by 1.
+    Ternary { gain: f32 },
+    /// Spread by about 0.77.
     Dense,
 }
 
@@ -133,22 +146,22 @@ fn metadata(sizes: &Sizes, name: &str, ternary: TernaryType) -> Result<Metadata,
     Ok(metadata)
 }
 
-/// Returns the scale of a matrix: about what keeps the variance of its input, different for every
-/// tensor so that mixed-up scales show, and exact in f16.
-fn scale(stream: &Stream, cols: usize) -> half::f16 {
+/// Returns the scale of a matrix: about what multiplies the spread of its input by `gain`,
+/// different for every tensor so that mixed-up scales show, and exact in f16.
+fn scale(stream: &Stream, cols: usize, gain: f32) -> half::f16 {
     // Two thirds of the weights are not zero.
     #[expect(clippy::cast_precision_loss, reason = "row lengths are far below 2^24")]
     let spread = (cols as f32 * (2.0 / 3.0)).sqrt();
-    half::f16::from_f32((0.9 + 0.2 * stream.unit(u64::MAX)) / spread)
+    half::f16::from_f32(gain * (0.9 + 0.2 * stream.unit(u64::MAX)) / spread)
 }
 
 fn write_ternary(
     tensor: &SynthTensor,
     stream: &Stream,
+    scale: half::f16,
     kind: TernaryType,
     out: &mut OutputFile<'_>,
 ) -> Result<(), ModelError> {
-    let scale = scale(stream, tensor.cols);
     let mut codes = vec![0; tensor.cols];
     let mut bytes = Vec::with_capacity(BATCH + tensor.cols);
     // Blocks of I2_S run through the flattened tensor.
@@ -181,7 +194,7 @@ fn write_dense(
     kind: HeadType,
     out: &mut OutputFile<'_>,
 ) -> Result<(), ModelError> {
-    let encoder = encode::DenseEncoder::new(kind, tensor.cols);
+    let encoder = encode::DenseEncoder::new(kind);
     let mut groups = vec![random::Group::default(); tensor.cols / random::GROUP];
     let mut bytes = Vec::with_capacity(BATCH + tensor.cols * 2);
     for row in 0..tensor.rows.unwrap_or(1) {

@@ -5,35 +5,41 @@ use half::{bf16, f16};
 use super::random::{GROUP, Group, Stream};
 use super::shape::HeadType;
 
+/// What one step of a dense weight is worth: a power of two, so that every product with it is
+/// exact.
+const DENSE_UNIT: f32 = 1.0 / 64.0;
+/// Root mean square of dense weights: 18 for the value, 2.7 for the scale.
+pub(super) const DENSE_SPREAD: f32 = 49.0 * DENSE_UNIT;
 /// Weights of a Q6_K block.
 const LARGE_BLOCK: usize = 256;
 
-/// Returns norm weights around 1, as F32.
-pub(super) fn norm(stream: &Stream, length: usize) -> Vec<u8> {
-    (0..length as u64).flat_map(|at| (0.75 + 0.5 * stream.unit(at)).to_le_bytes()).collect()
+/// Returns norm weights around `gain`, as F32.
+pub(super) fn norm(stream: &Stream, length: usize, gain: f32) -> Vec<u8> {
+    norm_weights(stream, length, gain).flat_map(f32::to_le_bytes).collect()
+}
+
+/// Returns norm weights of either sign whose magnitudes are around `gain`, as F32.
+pub(super) fn signed_norm(stream: &Stream, length: usize, gain: f32) -> Vec<u8> {
+    let signed = |(at, weight): (u64, f32)| if stream.coin(at) { -weight } else { weight };
+    (0..).zip(norm_weights(stream, length, gain)).map(signed).flat_map(f32::to_le_bytes).collect()
+}
+
+fn norm_weights(stream: &Stream, length: usize, gain: f32) -> impl Iterator<Item = f32> {
+    (0..length as u64).map(move |at| gain * (0.75 + 0.5 * stream.unit(at)))
 }
 
 /// Encodes rows of the embedding or the head.
 #[derive(Debug)]
 pub(super) struct DenseEncoder {
     kind: HeadType,
-    /// A power of two, so that every product with it is exact.
+    /// [`DENSE_UNIT`].
     unit: f16,
 }
 
 impl DenseEncoder {
-    /// Chooses the unit for rows of `cols` weights: logits of a normed state then spread by
-    /// about 2.
-    pub(super) fn new(kind: HeadType, cols: usize) -> Self {
-        // Root mean square of value times scale: 18 for the one, 2.7 for the other.
-        const SPREAD: f32 = 49.0;
-        #[expect(clippy::cast_precision_loss, reason = "row lengths are far below 2^24")]
-        let wanted = 2.0 / (cols as f32).sqrt() / SPREAD;
-        let mut unit = 1.0_f32;
-        while unit > wanted && unit > 1.0 / 16_384.0 {
-            unit /= 2.0;
-        }
-        Self { kind, unit: f16::from_f32(unit) }
+    /// Makes an encoder whose weights spread by [`DENSE_SPREAD`].
+    pub(super) fn new(kind: HeadType) -> Self {
+        Self { kind, unit: f16::from_f32(DENSE_UNIT) }
     }
 
     /// Appends one row; rows are whole blocks, which the file's layout has checked.
@@ -122,7 +128,7 @@ mod tests {
     fn four_bits_are_near() {
         let mut groups = [Group::default(); 4];
         Stream::new(7, "head").groups(3, &mut groups);
-        let encoder = DenseEncoder::new(HeadType::Q4_0, 64);
+        let encoder = DenseEncoder::new(HeadType::Q4_0);
         let mut bytes = Vec::new();
         encoder.row(&groups, &mut bytes);
         let mut found = Vec::new();

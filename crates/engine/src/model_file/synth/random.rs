@@ -72,6 +72,11 @@ impl Stream {
         value / 16_777_216.0
     }
 
+    /// Returns false or true, of bits that [`unit`](Self::unit) leaves.
+    pub(super) fn coin(&self, counter: u64) -> bool {
+        self.word(counter) & 1 == 1
+    }
+
     /// Fills a row with ternary codes.
     pub(super) fn codes(&self, row: usize, codes: &mut [u8]) {
         let first = (row * codes.len().div_ceil(WORD_CODES)) as u64;

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use super::encode::DENSE_SPREAD;
 use super::random::GROUP;
 use super::{Fill, SynthTensor};
 use crate::model_file::config::{
@@ -246,6 +247,8 @@ pub(super) struct Sizes {
 
 impl Sizes {
     /// Returns the tensors in the order of the forward pass.
+    ///
+    /// The signs of the last norm keep a tied head from naming the token just read.
     pub(super) fn tensors(&self) -> Vec<SynthTensor> {
         let config = &self.config;
         let dense = |name: &str| SynthTensor {
@@ -254,7 +257,8 @@ impl Sizes {
             cols: config.hidden,
             fill: Fill::Dense,
         };
-        let norm = |name: String, cols| SynthTensor { name, rows: None, cols, fill: Fill::Norm };
+        let gains = Gains::of(config);
+        let vector = |name, cols, fill| SynthTensor { name, rows: None, cols, fill };
         let mut tensors = vec![dense("token_embd.weight")];
         for layer in 0..config.layers {
             for part in Part::of(config.architecture) {
@@ -262,17 +266,69 @@ impl Sizes {
                 match part.matrix(config) {
                     Some((rows, cols)) => {
                         let rows = Some(rows);
-                        tensors.push(SynthTensor { name, rows, cols, fill: Fill::Ternary });
+                        let fill = Fill::Ternary { gain: gains.matrix(part) };
+                        tensors.push(SynthTensor { name, rows, cols, fill });
                     }
-                    None => tensors.push(norm(name, part.width(config))),
+                    None => {
+                        let fill = Fill::Norm { gain: gains.norm(part) };
+                        tensors.push(vector(name, part.width(config), fill));
+                    }
                 }
             }
         }
-        tensors.push(norm("output_norm.weight".to_owned(), config.hidden));
+        let fill = Fill::SignedNorm { gain: gains.last_norm };
+        tensors.push(vector("output_norm.weight".to_owned(), config.hidden, fill));
         if !config.tied_head {
             tensors.push(dense("output.weight"));
         }
         tensors
+    }
+}
+
+/// How large the outputs of matrices and norms are.
+///
+/// Where every matrix keeps the spread of its input, layers drown the embedding and each other. The
+/// rounding of activations to int8 then moves log-probabilities by some hundredths, and so does a
+/// difference in the last bit of one activation, so that no two programs agree on them. Layers that
+/// add to a larger embedding bound that for any depth.
+#[derive(Clone, Copy, Debug)]
+struct Gains {
+    /// What a layer's attention or MLP adds to the residual stream.
+    branch: f32,
+    /// The norm before the head.
+    last_norm: f32,
+}
+
+impl Gains {
+    /// Queries and keys, so that attention scores spread by 2: attention prefers some positions.
+    const QUERY_KEY: f32 = std::f32::consts::SQRT_2;
+    /// Logits.
+    const LOGITS: f32 = 1.5;
+
+    #[expect(clippy::cast_precision_loss, reason = "sizes are far below 2^24")]
+    fn of(config: &ModelConfig) -> Self {
+        // As in GPT-2, 1 / sqrt(branches) for each of them, so that they add up to the same for
+        // any depth: here to half of the embedding.
+        let branches = (2 * config.layers) as f32;
+        Self {
+            branch: 0.5 * DENSE_SPREAD / branches.sqrt(),
+            last_norm: Self::LOGITS / DENSE_SPREAD / (config.hidden as f32).sqrt(),
+        }
+    }
+
+    fn matrix(&self, part: Part) -> f32 {
+        match part {
+            Part::Q | Part::K => Self::QUERY_KEY,
+            Part::O | Part::Down => self.branch,
+            _ => 1.0,
+        }
+    }
+
+    fn norm(&self, part: Part) -> f32 {
+        match part {
+            Part::QNorm | Part::KNorm => Self::QUERY_KEY,
+            _ => 1.0,
+        }
     }
 }
 

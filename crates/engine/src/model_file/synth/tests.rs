@@ -64,7 +64,7 @@ fn a_seed_gives_the_same_bytes_and_another_seed_others() {
     // Pinned: made-up models of different machines and versions are the same model.
     assert_eq!(
         blake3::hash(&first).to_hex().as_str(),
-        "10ed5d8c74fb1d00733c7d40cfba30064db78cfad488054361d09812b3ee4122"
+        "0c048f5dc94e7e402278c6c25aa4fa21aae535b93816acd1bf43d193edbfd6d6"
     );
     assert!(first == written(Family::BitNet, &base));
     assert!(first != written(Family::BitNet, &options(TernaryType::I2S, HeadType::Q6K, 2)));
@@ -89,18 +89,35 @@ fn scales_are_plausible_and_differ() {
     let model =
         open(written(Family::BitNet, &options(TernaryType::I2S, HeadType::F16, 4))).unwrap();
     let weights = model.load(0..2).unwrap();
-    let mut scales: Vec<f32> = weights
-        .layers
-        .iter()
-        .flat_map(|l| [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up])
-        .filter_map(|m| m.scale())
-        .collect();
     let unit = (256.0_f32 * 2.0 / 3.0).sqrt();
-    assert!(scales.iter().all(|scale| (0.89..1.11).contains(&(scale * unit))), "{scales:?}");
+    // Two layers have four branches, which add up to half of the embedding.
+    let branch = 0.25 * encode::DENSE_SPREAD;
+    let mut scales: Vec<f32> = Vec::new();
+    for layer in &weights.layers {
+        for (matrix, gain) in [
+            (&layer.q, 2.0_f32.sqrt()),
+            (&layer.k, 2.0_f32.sqrt()),
+            (&layer.v, 1.0),
+            (&layer.o, branch),
+            (&layer.gate, 1.0),
+            (&layer.up, 1.0),
+            (&layer.down, branch / 2.0_f32.sqrt()),
+        ] {
+            let scale = matrix.scale().unwrap() * unit / gain;
+            assert!((0.89..1.11).contains(&scale), "{scale}");
+            scales.push(scale);
+        }
+    }
     scales.sort_by(f32::total_cmp);
     scales.dedup();
-    // Twelve were drawn; two may round to the same number.
-    assert!(scales.len() > 9, "{scales:?}");
+    // Fourteen were drawn; two may round to the same number.
+    assert!(scales.len() > 11, "{scales:?}");
+    // Either sign, and logits that spread by 1.5.
+    let norm = &weights.head.as_ref().unwrap().norm;
+    let magnitude = 1.5 / (encode::DENSE_SPREAD * 16.0);
+    assert!(norm.iter().all(|weight| (0.74..1.26).contains(&(weight.abs() / magnitude))));
+    let negative = norm.iter().filter(|weight| weight.is_sign_negative()).count();
+    assert!((96..160).contains(&negative), "{negative} of 256");
     // About a third each of -1, 0 and 1.
     let gate = &weights.layers[0].gate;
     for wanted in [-1, 0, 1] {
@@ -179,7 +196,7 @@ fn decode(kind: TernaryType, bytes: &[u8]) -> Vec<u8> {
 fn every_ternary_type_holds_the_same_weights() {
     let (rows, cols) = (3, 512);
     let stream = Stream::new(9, "blk.0.ffn_down.weight");
-    let scale = scale(&stream, cols);
+    let scale = scale(&stream, cols, 0.25);
     let mut expected = vec![0; rows * cols];
     for (row, codes) in expected.chunks_exact_mut(cols).enumerate() {
         stream.codes(row, codes);

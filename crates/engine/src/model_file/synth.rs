@@ -5,7 +5,8 @@
 //! exact in f16, and head values are exact in every type but Q4_0. Files are streamed: memory
 //! use does not depend on the shape.
 //!
-//! How large the weights are follows trained models: see `shape::Gains`.
+//! How large the weights are is told at `shape::Gains`. The token just read has more say in the next
+//! one than the context, so that greedy text soon repeats itself: measure drafts on sampled text.
 
 mod encode;
 mod random;

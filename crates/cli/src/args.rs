@@ -12,7 +12,7 @@ use std::{num::NonZeroUsize, path::PathBuf, time::Duration};
 use anyhow::anyhow;
 use clap::{Args, Parser, Subcommand};
 use tercet_cluster::WorkerId;
-use tercet_engine::EngineOptions;
+use tercet_engine::{EngineOptions, model_file::Placement};
 use tercet_kernels::Isa;
 use tercet_telemetry::LogFormat;
 use tercet_worker::{ModelSource, ModelSpec};
@@ -235,6 +235,10 @@ pub(crate) struct ComputeArgs {
     /// CPU has]
     #[arg(long, env = "TERCET_ISA", value_name = "ISA")]
     pub(crate) isa: Option<Isa>,
+    /// Where ternary weights live: `auto`, in huge pages of the process where the system has them,
+    /// which is fastest, or `mapped`, in the file, shared by all processes that read it
+    #[arg(long, env = "TERCET_WEIGHTS", value_name = "PLACE", default_value = "auto")]
+    pub(crate) weights: Placement,
     /// Most prompt tokens computed in one step, between the tokens of running sequences
     #[arg(long, env = "TERCET_PREFILL_CHUNK", value_name = "N", default_value = "128")]
     pub(crate) prefill_chunk: NonZeroUsize,
@@ -293,6 +297,7 @@ impl EngineArgs {
             max_sequences: self.max_sequences.get(),
             max_waiting: self.max_waiting.get(),
             prefill_chunk: self.compute.prefill_chunk.get(),
+            placement: self.compute.weights,
             prefill_stretch: self.prefill_stretch,
             ..EngineOptions::default()
         }

@@ -94,6 +94,7 @@ fn options(args: &BenchArgs, threads: usize, load: &Load, model: &ModelFile) -> 
         // The engine counts those it is about to admit as well.
         max_waiting: 2 * load.batch,
         prefill_chunk: load.chunk,
+        placement: args.engine.weights,
         // How long early ones decode beside late prompts is counted on.
         prefill_stretch: f64::MAX,
         ..EngineOptions::default()

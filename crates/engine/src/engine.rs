@@ -23,7 +23,7 @@ use thiserror::Error;
 use self::compute::Computer;
 use crate::{
     kv::KvError,
-    model_file::{ModelConfig, ModelError, ModelFile, Report, StageWeights},
+    model_file::{ModelConfig, ModelError, ModelFile, Placement, Report, StageWeights},
     pipeline::Downstream,
     plan::StepResult,
     pool::Unverified,
@@ -52,6 +52,8 @@ pub struct EngineOptions {
     pub max_waiting: usize,
     /// Most prompt rows in a step.
     pub prefill_chunk: usize,
+    /// Where the weights live.
+    pub placement: Placement,
     /// How many times as long a step may take with prompt rows as with the decoding ones alone:
     /// more than 1. Prompts get at least a row, however large that makes the step. [`f64::MAX`]
     /// always gives them the whole chunk.
@@ -71,6 +73,7 @@ impl Default for EngineOptions {
             max_sequences: 32,
             max_waiting: 256,
             prefill_chunk: 128,
+            placement: Placement::default(),
             prefill_stretch: 1.6,
             grammars: None,
         }

@@ -41,7 +41,7 @@ pub use self::{
     },
     digest::identity,
     error::ModelError,
-    load::{LoadProgress, Report},
+    load::{LoadProgress, Placement, Report},
     output::Progress,
     summary::{DecodeBytes, Summary, TensorSummary, TokenizerSummary, Totals},
     weights::{HeadWeights, LayerWeights, StageWeights},
@@ -222,13 +222,13 @@ impl ModelFile {
 
     /// Loads a range of layers: the embedding too if it starts the model, the head if it ends it.
     ///
-    /// Only the bytes of that range are touched. Ternary rows of whole 128-weight blocks and dense
-    /// matrices stay where they are in the mapped file.
+    /// Only the bytes of that range are touched. Dense matrices stay where they are in the mapped
+    /// file, and ternary rows of whole 128-weight blocks too unless they are copied to huge pages.
     ///
     /// # Errors
     /// If the range is not part of the model, or its values are damaged.
     pub fn load(&self, layers: Range<usize>) -> Result<StageWeights, ModelError> {
-        self.load_reporting(layers, &mut |_| ControlFlow::Continue(()))
+        self.load_reporting(layers, Placement::default(), &mut |_| ControlFlow::Continue(()))
     }
 
     /// As [`Self::load`], and tells `report` how far it is, which may end it.
@@ -238,6 +238,7 @@ impl ModelFile {
     pub fn load_reporting(
         &self,
         layers: Range<usize>,
+        placement: Placement,
         report: Report<'_>,
     ) -> Result<StageWeights, ModelError> {
         let total = self.config.layers;
@@ -252,7 +253,10 @@ impl ModelFile {
         let mut loaded = Vec::with_capacity(layers.len());
         let held = &self.tensors.layers[layers.clone()];
         let packed: Vec<usize> = held.iter().flat_map(LayerTensors::packed_bytes).collect();
-        let arena = Arena::new(packed.iter().sum(), packed.len());
+        let arena = match placement {
+            Placement::Auto => Arena::new(packed.iter().sum(), packed.len()),
+            Placement::Mapped => None,
+        };
         let mut progress = LoadProgress::of(held.iter().map(LayerTensors::bytes).sum());
         for layer in held {
             loaded.push(layer.load(arena.as_ref())?);

@@ -96,7 +96,7 @@ impl StageRunner {
             .max_sequences
             .saturating_mul(crate::kv::pages_for(options.context_of(&model.config)));
         Ok(Self {
-            weights: Arc::new(model.load_reporting(layers, report)?),
+            weights: Arc::new(model.load_reporting(layers, options.placement, report)?),
             kernels,
             pool,
             kv: KvCache::new(shape, pages.min(useful)),

@@ -1,8 +1,38 @@
 //! How far the loading of a model is.
 
+use std::fmt;
 use std::ops::ControlFlow;
+use std::str::FromStr;
 
 use super::error::ModelError;
+use super::names::{UnknownName, parse};
+
+/// Where the ternary weights of a file live.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Placement {
+    /// In memory of the process, in huge pages, if the system has them; else as [`Self::Mapped`].
+    #[default]
+    Auto,
+    /// In the mapped file where its layout allows, shared with other processes that map it.
+    Mapped,
+}
+
+impl fmt::Display for Placement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Auto => "auto",
+            Self::Mapped => "mapped",
+        })
+    }
+}
+
+impl FromStr for Placement {
+    type Err = UnknownName;
+
+    fn from_str(name: &str) -> Result<Self, UnknownName> {
+        parse("placement of weights", &[Self::Auto, Self::Mapped], name)
+    }
+}
 
 /// How far a stage of loading is.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -81,7 +81,7 @@ fn a_file_that_lies_is_found_out() {
     let down = file.tensors.layers[last].get(crate::model_file::tensors::Part::Down).unwrap();
     let at = down.range.start + 5;
     let mut lying = honest;
-    lying[at] = (lying[at] & !3) | ((lying[at] & 3) + 1) % 3;
+    lying[at] = (lying[at] & !3) | (((lying[at] & 3) + 1) % 3);
     let part = format!("the digest of its part layer.{last} is not the one it tells");
     let (verified, checked) = verify(lying);
     assert!(verified.unwrap_err().contains(&part));

@@ -397,28 +397,36 @@ pub(crate) struct BenchArgs {
     pub(crate) model: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) engine: ComputeArgs,
-    /// Tokens of each prompt
-    #[arg(long, value_name = "N", default_value = "128")]
-    pub(crate) prompt: NonZeroUsize,
+    /// Tokens of each prompt. With several, each is measured with each --batch
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "128")]
+    pub(crate) prompt: Vec<NonZeroUsize>,
     /// Tokens to generate after each prompt; 0 measures prefill alone
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub(crate) generate: usize,
-    /// Sequences at once, and nothing else; without it one sequence is measured, then more of them
-    /// and other numbers of threads, and settings for a server are recommended
-    #[arg(long, value_name = "N")]
-    pub(crate) batch: Option<NonZeroUsize>,
+    /// Sequences at once, one number or several, and nothing else; without it one sequence is
+    /// measured, then more of them and other numbers of threads, and settings for a server are
+    /// recommended
+    #[arg(long, value_name = "N,..", value_delimiter = ',')]
+    pub(crate) batch: Vec<NonZeroUsize>,
     /// Measurements; one more before them warms up
     #[arg(long, value_name = "N", default_value = "3")]
     pub(crate) repeat: NonZeroUsize,
     /// Prints JSON
     ///
-    /// Fields: model, format, shape, isa, threads, prompt, generate, batch, repeat, prefill_chunk;
-    /// bytes_per_token (weights read by a step); prefill_tokens_per_second and
-    /// decode_tokens_per_second (median, min, max; of all sequences together);
-    /// decode_bytes_per_second; recommendation (null with --batch): profile, threads,
-    /// max_sequences, kv_bytes (for so many sequences of 1024 tokens), cpus, and measured, a list
-    /// of threads, batch, decode_tokens_per_second, prefill_tokens_per_second (null but for a batch
-    /// of 1).
+    /// Fields: model, format, shape, isa, threads, repeat, prefill_chunk; bytes_per_token (weights
+    /// read by a step). points, one for each --prompt and --batch: prompt, generate, batch;
+    /// prefill_tokens_per_second and decode_tokens_per_second (median, min, max; of all sequences
+    /// together), first_token_seconds (of every sequence); step_bytes (weights, keys and values
+    /// that a step in the middle reads), decode_bytes_per_second, bandwidth_share (of machine's
+    /// median); stream_tokens (min and max of the sequences, over the measured time). The point
+    /// measured first stands at the top as well. load: open_seconds, load_seconds,
+    /// first_token_seconds (from the start to the first token of all, after the first --prompt
+    /// or 512 tokens of it), weight_bytes,
+    /// kv_bytes, resident_bytes, peak_resident_bytes (null where the system does not tell). machine:
+    /// cpu, cpus, read_buffer_bytes, read_bytes_per_second (threads, median, min, max).
+    /// recommendation (null with --batch): profile, threads, max_sequences, kv_bytes (for so many
+    /// sequences of 1024 tokens), cpus, and measured, a list of threads, batch,
+    /// decode_tokens_per_second, prefill_tokens_per_second (null but for a batch of 1).
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -18,6 +18,7 @@
 //! Reading order: [`request`] and [`plan`] (what is asked, what is computed), [`scheduler`],
 //! [`engine`], [`pipeline`]; then `runner`, `forward`, `kv`, `sampler`; then [`model_file`].
 
+pub mod bandwidth;
 pub mod demo;
 pub mod engine;
 mod forward;

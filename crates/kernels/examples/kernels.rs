@@ -3,7 +3,7 @@
 //! ```text
 //! cargo run --release -p tercet-kernels --example kernels -- \
 //!     [--isa NAME] [--threads 1,2] [--tokens 1,2,4,8,16,32,128] [--ms 300] [--mib 160] \
-//!     [--only NAME]
+//!     [--only NAME] [--json]
 //! ```
 //!
 //! Weights are cycled through `mib` of them, by default more than the last-level cache holds,
@@ -11,6 +11,9 @@
 //! Calls are short and timed one by one, so that most of them escape whatever else the machine
 //! does. Each line has the fastest tenth, the median and the slowest tenth of the calls. `GOPS`
 //! counts a multiplication and an addition for each weight and token, `GB/s` the weights' bytes.
+//! With `--json` each line is an object instead: isa, kernel, tokens (of attention, positions),
+//! threads, operations and bytes of a call, intensity (operations for each byte), gops (best,
+//! median, worst) and bytes_per_second (median).
 
 #![expect(clippy::print_stdout, reason = "it is a report")]
 #![expect(clippy::disallowed_types, reason = "real time is what it measures")]
@@ -47,15 +50,18 @@ struct Options {
     duration: Duration,
     footprint: usize,
     only: String,
+    json: bool,
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
     let options = Options::parse()?;
-    println!("isa {}", options.kernels.isa());
-    println!(
-        "{:24} {:>4} {:>2}T {:>8} {:>8} {:>8} GOPS {:>7} GB/s",
-        "", "n", "", "best", "median", "worst", "best"
-    );
+    if !options.json {
+        println!("isa {}", options.kernels.isa());
+        println!(
+            "{:24} {:>4} {:>2}T {:>8} {:>8} {:>8} GOPS {:>7} GB/s",
+            "", "n", "", "best", "median", "worst", "best"
+        );
+    }
     for [rows, cols] in TERNARY {
         for (kind, blocks) in [("ternary", false), ("ternary64", true)] {
             let name = format!("{kind} {rows}x{cols}");
@@ -81,6 +87,10 @@ impl Options {
         let mut given = HashMap::new();
         let mut arguments = env::args().skip(1);
         while let Some(name) = arguments.next() {
+            if name == "--json" {
+                given.insert(name, "true".to_owned());
+                continue;
+            }
             let value = arguments.next().ok_or_else(|| format!("{name} needs a value"))?;
             given.insert(name, value);
         }
@@ -95,6 +105,7 @@ impl Options {
             duration: Duration::from_millis(take("--ms", "300").parse()?),
             footprint: take("--mib", "160").parse::<usize>()? << 20,
             only: take("--only", ""),
+            json: take("--json", "false").parse()?,
         };
         match given.into_keys().next() {
             Some(unknown) => Err(format!("no option {unknown}").into()),
@@ -104,6 +115,39 @@ impl Options {
 
     fn wants(&self, name: &str) -> bool {
         name.contains(&self.only)
+    }
+
+    /// Prints what calls took, in seconds, ascending, that make so many products of so many bytes.
+    fn report(
+        &self,
+        name: &str,
+        n: usize,
+        threads: usize,
+        [products, bytes]: [usize; 2],
+        times: Vec<f64>,
+    ) {
+        let tenth = times.len() / 10;
+        let [best, median, worst] =
+            [tenth, times.len() / 2, times.len() - 1 - tenth].map(|at| times[at]);
+        let operations = 2.0 * products as f64;
+        let [fast, middle, slow] = [best, median, worst].map(|time| 1e-9 * operations / time);
+        let bytes = bytes as f64;
+        if self.json {
+            println!(
+                "{{\"isa\": \"{}\", \"kernel\": \"{name}\", \"tokens\": {n}, \
+                 \"threads\": {threads}, \"operations\": {operations}, \"bytes\": {bytes}, \
+                 \"intensity\": {:.6}, \"gops\": {{\"best\": {fast:.3}, \"median\": {middle:.3}, \
+                 \"worst\": {slow:.3}}}, \"bytes_per_second\": {:.0}}}",
+                self.kernels.isa(),
+                operations / bytes,
+                bytes / median,
+            );
+        } else {
+            println!(
+                "{name:24} {n:4} {threads:2}T {fast:8.1} {middle:8.1} {slow:8.1}      {:7.2}",
+                1e-9 * bytes / best,
+            );
+        }
     }
 }
 
@@ -156,7 +200,7 @@ fn ternary(
                     options.kernels.ternary_matmul(w, &x, n, part, scratch);
                 });
             });
-            report(name, n, threads, [rows * cols * n, bytes], times);
+            options.report(name, n, threads, [rows * cols * n, bytes], times);
         }
     }
     Ok(())
@@ -191,7 +235,7 @@ fn head(options: &Options, name: &str, kind: DenseType) -> Result<(), Box<dyn Er
                 });
             });
             let share = [HEAD_ROWS * cols * n, HEAD_ROWS * kind.row_bytes(cols)];
-            report(name, n, threads, share, times);
+            options.report(name, n, threads, share, times);
         }
     }
     Ok(())
@@ -223,7 +267,8 @@ fn attention(options: &Options) {
             }
         });
         let products = 2 * positions * groups * group * head_dim;
-        report("attention", positions, 1, [products, 8 * positions * groups * head_dim], times);
+        let share = [products, 8 * positions * groups * head_dim];
+        options.report("attention", positions, 1, share, times);
     }
 }
 
@@ -248,17 +293,6 @@ fn measure(duration: Duration, threads: usize, mut f: impl FnMut(&Lead<'_>)) -> 
     });
     times.sort_by(f64::total_cmp);
     times
-}
-
-fn report(name: &str, n: usize, threads: usize, [products, bytes]: [usize; 2], times: Vec<f64>) {
-    let tenth = times.len() / 10;
-    let [best, median, worst] =
-        [tenth, times.len() / 2, times.len() - 1 - tenth].map(|at| times[at]);
-    let [fast, middle, slow] = [best, median, worst].map(|time| 2e-9 * products as f64 / time);
-    println!(
-        "{name:24} {n:4} {threads:2}T {fast:8.1} {middle:8.1} {slow:8.1}      {:7.2}",
-        1e-9 * bytes as f64 / best,
-    );
 }
 
 /// xorshift64*: only to fill buffers.

@@ -13,6 +13,9 @@ use tokio::time::{Duration, Instant};
 
 use crate::args::BenchArgs;
 
+/// Tokens of a prompt, and generated after it, that warm an engine up.
+const WARM: (usize, usize) = (512, 8);
+
 /// What is computed.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Load {
@@ -24,14 +27,27 @@ pub(super) struct Load {
 }
 
 impl Load {
-    pub(super) fn new(args: &BenchArgs) -> Self {
-        Self {
-            prompt: args.prompt.get(),
-            generate: args.generate,
-            batch: args.batch.map_or(1, NonZeroUsize::get),
-            repeat: args.repeat.get(),
-            chunk: args.engine.prefill_chunk.get(),
-        }
+    /// Returns what is asked for: each prompt with each batch.
+    pub(super) fn all(args: &BenchArgs) -> Vec<Self> {
+        let alone = [NonZeroUsize::MIN];
+        let batches = if args.batch.is_empty() { alone.as_slice() } else { &args.batch };
+        let of_prompt = |prompt: &NonZeroUsize| {
+            let load = Self {
+                prompt: prompt.get(),
+                generate: args.generate,
+                batch: 1,
+                repeat: args.repeat.get(),
+                chunk: args.engine.prefill_chunk.get(),
+            };
+            batches.iter().map(move |batch| Self { batch: batch.get(), ..load })
+        };
+        args.prompt.iter().flat_map(of_prompt).collect()
+    }
+
+    /// Returns as much of the load as warms an engine up for it.
+    pub(super) fn short(&self) -> Self {
+        let (prompt, generate) = (self.prompt.min(WARM.0), self.generate.min(WARM.1));
+        Self { prompt, generate, ..*self }
     }
 
     /// Returns the tokens that the first sequence may be ahead of the last one.
@@ -55,37 +71,60 @@ impl Load {
     }
 }
 
-/// Returns how long the prefill took, and the decode if there is one.
-pub(super) fn measure(
-    engine: &Engine,
-    load: &Load,
-    round: usize,
-) -> Result<(Duration, Option<Duration>)> {
-    if load.generate == 0 {
-        return Ok((watch(engine, load, round, 0)?.0, None));
-    }
-    let (mut prefill, decode) = watch(engine, load, round, load.generate)?;
-    if load.batch > 1 {
-        prefill = watch(engine, load, round, 0)?.0;
-    }
-    Ok((prefill, Some(decode)))
+/// What was seen of a batch.
+#[derive(Clone, Debug)]
+pub(super) struct Seen {
+    /// Until every sequence had its first token.
+    pub(super) prefill: Duration,
+    /// From then until each had as many more as were asked for.
+    pub(super) decode: Duration,
+    /// Until the first token of each sequence.
+    pub(super) first_tokens: Vec<Duration>,
+    /// Tokens of each sequence during the decode.
+    pub(super) tokens: Vec<usize>,
 }
 
-/// Computes one batch until each sequence has `generate` tokens after the prefill. Returns how long
-/// the prefill took and how long what came after it.
-pub(super) fn watch(
-    engine: &Engine,
-    load: &Load,
-    round: usize,
-    generate: usize,
-) -> Result<(Duration, Duration)> {
+impl Seen {
+    /// Returns the time until the first token of any sequence.
+    pub(super) fn soonest(&self) -> Duration {
+        self.first_tokens.iter().min().copied().unwrap_or_default()
+    }
+}
+
+/// Numbers the prompts of an engine, so that no two have the same number: it keeps the keys and
+/// values of those it has read.
+#[derive(Debug, Default)]
+pub(super) struct Numbers(usize);
+
+impl Numbers {
+    fn take(&mut self, count: usize) -> usize {
+        let first = self.0;
+        self.0 += count;
+        first
+    }
+}
+
+/// Measures once: the prefill, and the decode if anything is generated.
+pub(super) fn measure(engine: &Engine, load: &Load, numbers: &mut Numbers) -> Result<Seen> {
+    let mut seen = watch(engine, load, numbers)?;
+    if load.batch > 1 && load.generate > 0 {
+        let prefill = watch(engine, &Load { generate: 0, ..*load }, numbers)?;
+        seen = Seen { prefill: prefill.prefill, first_tokens: prefill.first_tokens, ..seen };
+    }
+    Ok(seen)
+}
+
+/// Computes one batch until each sequence has as many tokens as are asked for after the prefill.
+pub(super) fn watch(engine: &Engine, load: &Load, numbers: &mut Numbers) -> Result<Seen> {
+    let generate = load.generate;
+    let first = numbers.take(load.batch);
     let (sender, events) = channel();
     let (gate, closed) = channel::<()>();
     let mut closed = Some(closed);
     let mut handles = Vec::with_capacity(load.batch);
     for index in 0..load.batch {
         let request = SequenceRequest {
-            prompt: prompt(load.prompt, engine.config().vocab, round * load.batch + index),
+            prompt: prompt(load.prompt, engine.config().vocab, first + index),
             resumed: Vec::new(),
             sampling: SamplingParams::greedy(),
             output: Output::Generate {
@@ -102,7 +141,7 @@ pub(super) fn watch(
     let start = Instant::now();
     drop(gate);
 
-    let mut started = 0;
+    let mut first_tokens = Vec::with_capacity(load.batch);
     let mut prefilled = None;
     let mut generated = vec![0; load.batch];
     let mut lacking = load.batch;
@@ -111,12 +150,14 @@ pub(super) fn watch(
     for Event { sequence, at, what } in events {
         match what {
             SequenceEvent::Token { index, .. } => {
-                if prefilled.is_some() {
+                if prefilled.is_none() {
+                    if index == 0 {
+                        first_tokens.push(at - start);
+                    }
+                    prefilled = (first_tokens.len() == load.batch).then_some(at);
+                } else if done.is_none() {
                     generated[sequence] += 1;
                     lacking -= usize::from(generated[sequence] == generate);
-                } else {
-                    started += usize::from(index == 0);
-                    prefilled = (started == load.batch).then_some(at);
                 }
                 if prefilled.is_some() && (generate == 0 || lacking == 0) && done.is_none() {
                     done = Some(at);
@@ -130,7 +171,12 @@ pub(super) fn watch(
         }
     }
     match (prefilled, done) {
-        (Some(prefilled), Some(done)) => Ok((prefilled - start, done - prefilled)),
+        (Some(prefilled), Some(done)) => Ok(Seen {
+            prefill: prefilled - start,
+            decode: done - prefilled,
+            first_tokens,
+            tokens: generated,
+        }),
         _ => bail!("the engine ended before the measurement did"),
     }
 }
@@ -185,16 +231,27 @@ mod tests {
     use super::*;
     use crate::args::{Cli, Command};
 
-    fn load(line: &str) -> Load {
+    fn loads(line: &str) -> Vec<Load> {
         let Command::Bench(args) = Cli::parse_from(line.split(' ')).command else {
             panic!("{line} is a bench")
         };
-        Load::new(&args)
+        Load::all(&args)
+    }
+
+    #[test]
+    fn each_prompt_meets_each_batch() {
+        let sizes = |line: &str| -> Vec<_> {
+            loads(line).iter().map(|load| (load.prompt, load.batch)).collect()
+        };
+        let all = [(8, 1), (8, 4), (9, 1), (9, 4)];
+        assert_eq!(sizes("tercet bench --prompt 8,9 --batch 1,4"), all);
+        assert_eq!(sizes("tercet bench"), [(128, 1)]);
     }
 
     #[test]
     fn every_sequence_stays_in_the_window() {
-        let load = load("tercet bench --prompt 200 --generate 10 --batch 4 --prefill-chunk 64");
+        let line = "tercet bench --prompt 200 --generate 10 --batch 4 --prefill-chunk 64";
+        let load = loads(line)[0];
         assert_eq!(load.head_start(), 17);
         assert_eq!(load.positions(), 200 + 17 + 10);
     }
@@ -214,7 +271,7 @@ mod tests {
             "tercet bench --prompt 9 --generate 3 --batch 1",
             "tercet bench --prompt 2 --generate 0 --batch 2",
         ] {
-            let load = load(line);
+            let load = loads(line)[0];
             let options = EngineOptions {
                 kv_bytes: load.kv_bytes(&model.config),
                 max_sequences: load.batch,
@@ -223,10 +280,37 @@ mod tests {
                 ..EngineOptions::default()
             };
             let engine = Engine::load(&model, &options).unwrap();
-            let (prefill, decode) = measure(&engine, &load, 0).unwrap();
-            assert!(prefill > Duration::ZERO, "{line}");
-            assert_eq!(decode.is_some(), load.generate > 0, "{line}");
-            assert!(decode.is_none_or(|decode| decode > Duration::ZERO), "{line}");
+            let mut numbers = Numbers::default();
+            let seen = measure(&engine, &load, &mut numbers).unwrap();
+            assert!(seen.prefill > Duration::ZERO, "{line}");
+            assert_eq!(seen.first_tokens.len(), load.batch, "{line}");
+            assert_eq!(seen.first_tokens.iter().max(), Some(&seen.prefill), "{line}");
+            assert_eq!(seen.decode > Duration::ZERO, load.generate > 0, "{line}");
+            assert_eq!(seen.tokens.len(), load.batch, "{line}");
+            assert!(seen.tokens.iter().all(|tokens| *tokens >= load.generate), "{line}");
+            assert!(numbers.0 >= load.batch, "{line}");
         }
+    }
+
+    #[test]
+    fn no_prefill_is_read_from_the_cache() {
+        let model = demo::model().unwrap();
+        // Longer than a page, and with pages to spare.
+        let load = loads("tercet bench --prompt 200 --generate 2 --batch 2")[0];
+        let options = EngineOptions {
+            max_sequences: load.batch,
+            prefill_stretch: f64::MAX,
+            ..EngineOptions::default()
+        };
+        let engine = Engine::load(&model, &options).unwrap();
+        let (sender, hits) = channel();
+        engine.observe_steps(Box::new(move |report| sender.send(report.tally.hit_tokens).unwrap()));
+        let mut numbers = Numbers::default();
+        for _ in 0..2 {
+            measure(&engine, &load, &mut numbers).unwrap();
+        }
+        drop(engine);
+        let hits: Vec<_> = hits.iter().collect();
+        assert!(hits.len() > 4 && hits.iter().all(|hits| *hits == 0), "{hits:?}");
     }
 }

@@ -8,7 +8,7 @@ use tercet_engine::{Engine, ModelConfig, ModelFile};
 use tokio::time::{Duration, Instant};
 
 use super::{
-    measure::{Load, watch},
+    measure::{Load, Numbers, watch},
     options,
     report::Spread,
 };
@@ -79,15 +79,17 @@ pub(super) fn recommend(args: &BenchArgs, model: &ModelFile) -> Result<Option<Re
     let doubled = std::iter::successors(Some(1), |batch| Some(2 * batch));
     let batches: Vec<usize> =
         doubled.take_while(|batch| *batch <= MOST_SEQUENCES).take_while(fits).collect();
+    let first_prompt = args.prompt.first().map_or(PROMPT, |prompt| prompt.get());
     let Some(most) = batches.last().map(|most| load(*most)) else { return Ok(None) };
 
     let mut measured = Vec::new();
     for threads in thread_counts(args.engine.threads_given(), machine.cpus) {
-        let engine = Engine::load(model, &options(args, threads, &most, model));
+        let engine = Engine::load(model, &options(args, threads, &[most], model));
         let engine = engine.map_err(misconfigured)?;
-        let prompt = Load { prompt: args.prompt.get(), generate: 0, ..load(1) };
-        let prefill = rate(&engine, &prompt, false)?;
-        let decode = rate(&engine, &load(1), true)?;
+        let prompt = Load { prompt: first_prompt, generate: 0, ..load(1) };
+        let mut numbers = Numbers::default();
+        let prefill = rate(&engine, &prompt, &mut numbers, false)?;
+        let decode = rate(&engine, &load(1), &mut numbers, true)?;
         measured.push(Point {
             threads,
             batch: 1,
@@ -96,12 +98,13 @@ pub(super) fn recommend(args: &BenchArgs, model: &ModelFile) -> Result<Option<Re
         });
     }
     let threads = fewest(&measured, |point| point.threads).context("measure some threads")?;
-    let engine = Engine::load(model, &options(args, threads, &most, model));
+    let engine = Engine::load(model, &options(args, threads, &[most], model));
     let engine = engine.map_err(misconfigured)?;
     let mut best = measured.iter().find(|point| point.threads == threads).map_or(0.0, of_all);
     let mut in_vain = 0;
+    let mut numbers = Numbers::default();
     for batch in batches.into_iter().skip(1) {
-        let decode = rate(&engine, &load(batch), batch > 2)?;
+        let decode = rate(&engine, &load(batch), &mut numbers, batch > 2)?;
         measured.push(Point {
             threads,
             batch,
@@ -129,14 +132,14 @@ fn thread_counts(given: Option<usize>, cpus: usize) -> Vec<usize> {
 ///
 /// The first measurement counts if it took long enough and `is_warm`: the threads are awake and the
 /// weights have been touched.
-fn rate(engine: &Engine, load: &Load, is_warm: bool) -> Result<f64> {
+fn rate(engine: &Engine, load: &Load, numbers: &mut Numbers, is_warm: bool) -> Result<f64> {
     let mut start = Instant::now();
     let mut rates = Vec::new();
     for round in 0.. {
-        let (prefill, decode) = watch(engine, load, round, load.generate)?;
+        let seen = watch(engine, load, numbers)?;
         let (tokens, took) = match load.generate {
-            0 => (load.prompt, prefill),
-            generate => (generate, decode),
+            0 => (load.prompt, seen.prefill),
+            generate => (generate, seen.decode),
         };
         if round > 0 || (is_warm && took >= ENOUGH) {
             rates.push((load.batch * tokens) as f64 / took.as_secs_f64());

@@ -106,6 +106,51 @@ fn a_made_up_model_is_measured() {
 }
 
 #[test]
+fn every_documented_field_is_told() {
+    let line = "bench --prompt 4,70 --batch 1,3 --generate 3 --repeat 2 --threads 2 --json";
+    let report: serde_json::Value = serde_json::from_str(&succeed(line)).unwrap();
+    let help = succeed("bench --help");
+    let documented = |name: &str| assert!(help.contains(name), "{name} is not in the help");
+    let sizes: Vec<_> = report["points"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|point| (point["prompt"].as_u64().unwrap(), point["batch"].as_u64().unwrap()))
+        .collect();
+    assert_eq!(sizes, [(4, 1), (4, 3), (70, 1), (70, 3)]);
+    for point in report["points"].as_array().unwrap() {
+        for (field, value) in point.as_object().unwrap() {
+            documented(field);
+            let number = if value.is_object() { &value["max"] } else { value };
+            assert!(number.as_f64().is_some_and(|number| number > 0.0), "{field}: {point}");
+        }
+        let least = point["stream_tokens"]["min"].as_u64().unwrap();
+        let most = point["stream_tokens"]["max"].as_u64().unwrap();
+        assert!((3..=most).contains(&least), "{point}");
+        assert!(point["decode_tokens_per_second"]["min"].as_f64().is_some(), "{point}");
+    }
+    for group in ["load", "machine"] {
+        for field in report[group].as_object().unwrap().keys() {
+            documented(field);
+        }
+    }
+    for (field, value) in report.as_object().unwrap() {
+        documented(field);
+        assert!(report["points"][0].get(field).is_none_or(|first| first == value), "{field}");
+    }
+    let load = &report["load"];
+    let seconds = |field: &str| load[field].as_f64().unwrap();
+    assert!(seconds("first_token_seconds") > seconds("load_seconds"), "{load}");
+    let bytes = |field: &str| load[field].as_u64().unwrap();
+    assert!(bytes("peak_resident_bytes") >= bytes("resident_bytes"), "{load}");
+    assert!(bytes("resident_bytes") > bytes("weight_bytes"), "{load}");
+    let rates = report["machine"]["read_bytes_per_second"].as_array().unwrap();
+    let threads: Vec<_> = rates.iter().map(|rate| rate["threads"].as_u64().unwrap()).collect();
+    assert_eq!(threads, [1, 2]);
+    assert!(rates.iter().all(|rate| rate["min"].as_f64() > Some(1e6)), "{rates:?}");
+}
+
+#[test]
 fn settings_are_recommended_from_what_is_measured() {
     let report = succeed("bench --threads 1 --prompt 4 --generate 2 --repeat 1 --json");
     let report: serde_json::Value = serde_json::from_str(&report).unwrap();

@@ -6,7 +6,7 @@ use tercet_engine::model_file::synth::Shape;
 use super::*;
 
 /// Arguments of one call rather than settings of an installation.
-const ONE_SHOT: [&str; 45] = [
+const ONE_SHOT: [&str; 46] = [
     "batch",
     "choice",
     "context",
@@ -31,6 +31,7 @@ const ONE_SHOT: [&str; 45] = [
     "max_tokens",
     "mlp",
     "name",
+    "native",
     "no_history",
     "out",
     "path",

@@ -2,6 +2,7 @@
 //!
 //! A module is a file beside this one. What several of them need is in the support library, `src/`.
 
+mod aarch64;
 mod architecture;
 mod balance;
 mod battery;

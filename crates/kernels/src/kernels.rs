@@ -120,6 +120,10 @@ impl Kernels {
         x: &Int8Rows,
         n: usize,
         out: ColumnsMut<'_>,
+        #[cfg_attr(
+            not(target_arch = "x86_64"),
+            expect(unused_variables, reason = "the variants there have no tables")
+        )]
         scratch: &mut TernaryScratch,
     ) {
         assert_eq!(w.cols(), x.cols(), "columns of the weights and of the activations");

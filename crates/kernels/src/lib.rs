@@ -35,6 +35,25 @@
 //! NaN is the one value whose bits are not promised; a row that holds one is refused by
 //! [`Kernels::quantize`].
 //!
+//! # Variants
+//!
+//! | [`Isa`] | CPU | lanes of f32 | products of bytes |
+//! |---|---|---|---|
+//! | `scalar` | any | one by one | one by one |
+//! | `neon` | aarch64 | 4 registers | `smlal`, 16 bits |
+//! | `dotprod` | aarch64 | as `neon` | `sdot`, 32 bits |
+//! | `i8mm` | aarch64 | as `neon` | `smmla`, two rows times two, 32 bits |
+//! | `avx2` | x86-64 | 2 registers | `vpmaddubsw`, 16 bits; tables for many tokens |
+//! | `avx-vnni` | x86-64 | as `avx2` | `vpdpbusd`, 32 bits |
+//! | `avx512` | x86-64 | 1 register | `vpdpbusd` of 64 bytes, 32 bits |
+//!
+//! The module `vector` has every algorithm once, generic over two small traits that an instruction
+//! set implements in a thin file of intrinsics; the kernels of AVX2 alone, tuned by hand, came before
+//! it. With the feature `emulated`, `Kernels::emulated` runs the algorithms of each instruction set
+//! in plain arrays of its width, so that tests reach what the CPU at hand lacks. The tests in
+//! `tests/battery` hold every variant and every stand-in to the bits of `scalar`, and name each
+//! instruction set that only its stand-in ran; they also run on an emulated aarch64.
+//!
 //! # Reading order
 //!
 //! [`Isa`] and [`Kernels`] choose a variant; [`TernaryMatrix`], [`DenseMatrix`] and [`Int8Rows`]

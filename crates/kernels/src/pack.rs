@@ -156,6 +156,10 @@ impl TernaryMatrix {
     }
 
     /// Returns whether every code is known to be valid.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "the variants there have no tables")
+    )]
     pub(crate) fn is_checked(&self) -> bool {
         self.checked
     }

@@ -11,6 +11,10 @@ pub(crate) struct Beside(pub(crate) [i16; TOKENS]);
 /// Working memory of [`Kernels::ternary_matmul`](crate::Kernels::ternary_matmul), kept from call
 /// to call: one for each thread, about half a megabyte for 128 tokens once it was used.
 #[derive(Clone, Debug, Default)]
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    expect(dead_code, reason = "the variants there have no tables")
+)]
 pub struct TernaryScratch {
     /// Activations of a chunk of columns, the tokens of each column side by side.
     pub(crate) turned: Vec<Beside>,

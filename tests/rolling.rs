@@ -326,7 +326,7 @@ fn spawn_python(
     over: CancellationToken,
     tokens: watch::Sender<usize>,
 ) -> Option<tokio::task::JoinHandle<Result<String>>> {
-    python("tests/clients/resume.py")?;
+    python("tests/clients/resume.py", "grpc")?;
     Some(spawn_blocking(move || {
         let (request, expected) = &load.long;
         let seed = request.sampling.as_ref().and_then(|sampling| sampling.seed);
@@ -335,7 +335,8 @@ fn spawn_python(
             (seed.unwrap_or(0).to_string(), max_tokens.unwrap_or(0).to_string());
         let mut told = String::new();
         while !over.is_cancelled() {
-            let mut command = python("tests/clients/resume.py").context("the client is gone")?;
+            let mut command =
+                python("tests/clients/resume.py", "grpc").context("the client is gone")?;
             command.args(&addresses).args(["--prompt", PROMPT, "--seed", &seed]);
             command.args(["--max-tokens", &max_tokens, "--ignore-eos", "--ids"]);
             command.stdout(Stdio::piped()).stderr(Stdio::piped());

@@ -17,6 +17,7 @@ mod operate;
 mod outage;
 mod overload;
 mod pipeline;
+mod plots;
 mod pods;
 mod readme;
 mod records;

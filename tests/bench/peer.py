@@ -16,6 +16,7 @@ the ratio of our median to that of the fastest peer of the phase.
     python3 tests/bench/peer.py --table
 """
 import argparse
+import ctypes
 import importlib
 import json
 import os
@@ -86,6 +87,10 @@ class Peer:
         # The fork keeps its bindings in a module of their own.
         self.api = package if hasattr(package, "llama_decode") else importlib.import_module(f"{module}._ctypes_api")
         api = self.api
+        if hasattr(api, "llama_log_set"):
+            # Kept: a callback must live as long as the library.
+            self.silence = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+            api.llama_log_set(self.silence, None)
         api.llama_backend_init()
         self.model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
         if not self.model:

@@ -25,13 +25,14 @@ pub fn tool(name: &str) -> Option<PathBuf> {
     None
 }
 
-/// Returns a command that runs a Python program of the checkout with the installed packages.
+/// Returns a command that runs a Python program of the checkout with the installed packages, of
+/// which it imports `package`.
 ///
-/// Where they are missing, ends the test as [`did_not_run`] does, so a caller returns on `None`.
-pub fn python(program: &str) -> Option<Command> {
+/// Where that is missing, ends the test as [`did_not_run`] does, so a caller returns on `None`.
+pub fn python(program: &str, package: &str) -> Option<Command> {
     let packages = workspace().join("target/tools/python");
-    if !packages.join("grpc").exists() {
-        did_not_run("grpcio is not in target/tools/python: run tests/tools/install");
+    if !packages.join(package).exists() {
+        did_not_run(&format!("{package} is not in target/tools/python: run tests/tools/install"));
         return None;
     }
     let mut command = Command::new("python3");

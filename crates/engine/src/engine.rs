@@ -1,6 +1,7 @@
 //! The compute thread: takes requests in, plans steps, computes them, tells what came out.
 
 mod compute;
+mod error;
 #[cfg(test)]
 mod tests;
 
@@ -18,16 +19,15 @@ use std::{
 
 use tercet_kernels::Isa;
 use tercet_text::Grammars;
-use thiserror::Error;
 
 use self::compute::Computer;
+pub use self::error::{EngineError, StepError};
 use crate::{
-    kv::KvError,
+    drafter::{Drafter, PromptLookup, Speculation},
     model_file::{ModelConfig, ModelError, ModelFile, Placement, Report, StageWeights},
     pipeline::Downstream,
     plan::StepResult,
-    pool::Unverified,
-    pool::{ComputePool, PoolError},
+    pool::{ComputePool, Unverified},
     request::{SequenceEvent, SequenceRequest, SubmitError},
     runner::{LogitsObserver, StageRunner},
     scheduler::{Load, RequestKey, Scheduler, SchedulerConfig, StepShape, Tally},
@@ -58,6 +58,8 @@ pub struct EngineOptions {
     /// more than 1. Prompts get at least a row, however large that makes the step. [`f64::MAX`]
     /// always gives them the whole chunk.
     pub prefill_stretch: f64,
+    /// Whether tokens are guessed ahead. A pipeline of several stages never does.
+    pub speculation: Speculation,
     /// Compiles the grammars of requests; without it a request that has one fails.
     pub grammars: Option<Arc<Grammars>>,
 }
@@ -75,6 +77,7 @@ impl Default for EngineOptions {
             prefill_chunk: 128,
             placement: Placement::default(),
             prefill_stretch: 1.6,
+            speculation: Speculation::Off,
             grammars: None,
         }
     }
@@ -85,63 +88,6 @@ impl EngineOptions {
     pub fn context_of(&self, model: &ModelConfig) -> usize {
         self.context.map_or(model.context, |context| context.min(model.context))
     }
-}
-
-/// An engine could not be made.
-#[derive(Debug, Error)]
-pub enum EngineError {
-    /// The model file is at fault.
-    #[error(transparent)]
-    Model(#[from] ModelError),
-    /// The compute threads could not be made.
-    #[error(transparent)]
-    Pool(#[from] PoolError),
-    /// The layer range does not fit the model or the role.
-    #[error("layers {}..{} do not fit: {expected}", layers.start, layers.end)]
-    Layers {
-        /// Asked for.
-        layers: Range<usize>,
-        /// What would fit.
-        expected: String,
-    },
-    /// The CPU lacks the instruction set asked for.
-    #[error("this CPU has no {0}; leave the instruction set out to take the best that it has")]
-    Isa(Isa),
-    /// The KV budget holds nothing.
-    #[error(
-        "a KV cache of {bytes} bytes holds no page: one page of 64 positions takes {page_bytes} bytes"
-    )]
-    KvTooSmall {
-        /// Budget.
-        bytes: usize,
-        /// Bytes of a page.
-        page_bytes: usize,
-    },
-    /// The stretch is no factor above 1.
-    #[error("a prefill stretch of {0} leaves prompts no time: it must be a number above 1")]
-    Stretch(f64),
-    /// A limit is zero.
-    #[error("{0} must be at least 1")]
-    Zero(&'static str),
-    /// The compute thread could not be started.
-    #[error("start the compute thread")]
-    Thread(#[source] std::io::Error),
-}
-
-/// A step could not be computed: a defect, or a peer that does not keep to the protocol.
-#[derive(Debug, Error)]
-pub enum StepError {
-    /// The KV cache cannot hold the rows.
-    #[error(transparent)]
-    Kv(#[from] KvError),
-    /// The frame does not fit the stage.
-    #[error("step {step}: {what}")]
-    Frame {
-        /// Number of the step.
-        step: u64,
-        /// What does not fit.
-        what: String,
-    },
 }
 
 /// Takes what happens to one sequence, in order, on the compute thread: it must not block.
@@ -212,6 +158,7 @@ enum Command {
     Detach { epoch: u64, reason: String },
     Deliver { epoch: u64, result: StepResult },
     Observe(StepObserver),
+    Draft(Option<Box<dyn Drafter>>, usize),
     Stop,
 }
 
@@ -224,6 +171,7 @@ impl fmt::Debug for Command {
             Self::Detach { .. } => "Detach",
             Self::Deliver { .. } => "Deliver",
             Self::Observe(..) => "Observe",
+            Self::Draft(..) => "Draft",
             Self::Stop => "Stop",
         })
     }
@@ -315,10 +263,18 @@ impl Engine {
             pool: pool.clone(),
             kv_bytes: runner.kv_bytes(),
         };
+        let base = scheduler;
+        let mut scheduler = Scheduler::new(base);
+        match options.speculation {
+            Speculation::Off => {}
+            Speculation::Lookup { tokens } => {
+                scheduler.draft_with(Some(Box::new(PromptLookup)), tokens);
+            }
+        }
         let computer = Computer {
             shared: Arc::clone(&shared),
-            base: scheduler,
-            scheduler: Scheduler::new(scheduler),
+            base,
+            scheduler,
             runner,
             sinks: HashMap::new(),
             downstream: None,
@@ -426,6 +382,12 @@ impl Engine {
     /// Tells `observer` of every step from now on, instead of the observer before.
     pub fn observe_steps(&self, observer: StepObserver) {
         self.shared.send(Command::Observe(observer));
+    }
+
+    /// Has `drafter` guess up to `tokens` tokens of a sequence ahead from now on, instead of what the
+    /// options say; nobody if absent.
+    pub fn draft_with(&self, drafter: Option<Box<dyn Drafter>>, tokens: usize) {
+        self.shared.send(Command::Draft(drafter, tokens));
     }
 
     /// Attaches the later stages of the pipeline: sequences submitted from now on go through them.

@@ -7,7 +7,8 @@
 //! A page is also the block of the attention's online softmax, so a block is one contiguous read.
 //! Which page holds which positions never changes a result. The scheduler of the first stage deals
 //! out the page numbers for all stages; here they are followed, and checked: a page is written by
-//! one sequence, and shared once it is full.
+//! one sequence, and shared once it is full. Positions that hold drafts, and no others, may be written
+//! again.
 
 use std::collections::HashMap;
 
@@ -102,7 +103,7 @@ pub enum KvError {
         /// Pages that are needed.
         due: usize,
     },
-    /// Rows must follow the positions already held.
+    /// Rows must follow the positions already held, or come in place of drafts.
     #[error("sequence {sequence} continues at position {position}, but {held} positions are held")]
     Gap {
         /// The sequence.
@@ -119,6 +120,8 @@ pub enum KvError {
 pub(crate) struct PageTable {
     pages: Vec<PageId>,
     positions: usize,
+    /// The positions before this one are never written again; those after it hold drafts.
+    settled: usize,
 }
 
 /// What is known of a page.
@@ -179,28 +182,36 @@ impl KvCache {
         for &page in pages {
             self.take(page);
         }
-        let table = PageTable { pages: pages.to_vec(), positions: pages.len() * PAGE_POSITIONS };
+        let positions = pages.len() * PAGE_POSITIONS;
+        let table = PageTable { pages: pages.to_vec(), positions, settled: positions };
         self.tables.insert(sequence, table);
         Ok(())
     }
 
     /// Makes room for `rows` positions of `sequence` from `position` on, in `pages` where those
-    /// that it has are full.
+    /// that it has are full. The last `drafts` of them may be written again, by a later call that
+    /// begins at one of them.
     pub(crate) fn extend(
         &mut self,
         sequence: SequenceId,
         position: usize,
         rows: usize,
+        drafts: usize,
         pages: &[PageId],
     ) -> Result<(), KvError> {
         let table = self.tables.entry(sequence).or_default();
         let (held, positions) = (table.positions, position + rows);
-        if position != held {
+        if position < table.settled || position > held {
             return Err(KvError::Gap { sequence, position, held });
         }
-        let due = pages_for(positions) - table.pages.len();
+        let due = pages_for(positions).saturating_sub(table.pages.len());
         if pages.len() != due {
             return Err(KvError::PageCount { sequence, positions, got: pages.len(), due });
+        }
+        // Others may have come to share a page that drafts had filled.
+        let mut again = table.pages.iter().skip(position / PAGE_POSITIONS);
+        if let Some(&page) = again.find(|page| self.pages[page.0 as usize].users > 1) {
+            return Err(KvError::Taken { sequence, page });
         }
         if let Some(page) = twice(pages) {
             return Err(KvError::Taken { sequence, page });
@@ -211,13 +222,15 @@ impl KvCache {
             }
         }
         for &page in pages {
-            self.take(page).full = false;
+            self.take(page);
         }
         let table = self.tables.entry(sequence).or_default();
         table.pages.extend(pages);
         table.positions = positions;
-        for page in &table.pages[held / PAGE_POSITIONS..positions / PAGE_POSITIONS] {
-            self.pages[page.0 as usize].full = true;
+        table.settled = positions - drafts;
+        let full = positions / PAGE_POSITIONS;
+        for (index, page) in table.pages.iter().enumerate().skip(position / PAGE_POSITIONS) {
+            self.pages[page.0 as usize].full = index < full;
         }
         Ok(())
     }
@@ -245,11 +258,10 @@ impl KvCache {
     }
 
     /// Counts one more table that holds a page of the stage.
-    fn take(&mut self, page: PageId) -> &mut PageUse {
+    fn take(&mut self, page: PageId) {
         let page = &mut self.pages[page.0 as usize];
         self.in_use += usize::from(page.users == 0);
         page.users += 1;
-        page
     }
 
     /// Returns the table of `sequence`, which is open.
@@ -324,7 +336,7 @@ mod tests {
             for (sequence, first) in [(a, 3), (b, 0)] {
                 let page = if position == 0 { first } else { (first + 2) % 4 };
                 let due = if position % 64 == 0 { pages([page]) } else { vec![] };
-                kv.extend(sequence, position, 1, &due).unwrap();
+                kv.extend(sequence, position, 1, 0, &due).unwrap();
                 for layer in 0..2 {
                     let tag = (sequence.0 * 1000 + layer as u64 * 500) as f32 + position as f32;
                     let keys: Vec<f32> = (0..8).map(|i| tag + i as f32 / 16.0).collect();
@@ -358,19 +370,22 @@ mod tests {
     fn rows_without_the_right_pages_are_refused() {
         let mut kv = KvCache::new(SHAPE, 3);
         let a = SequenceId(1);
-        kv.extend(a, 0, 3, &pages([2])).unwrap();
-        assert!(matches!(kv.extend(a, 5, 1, &[]), Err(KvError::Gap { position: 5, held: 3, .. })));
+        kv.extend(a, 0, 3, 0, &pages([2])).unwrap();
+        assert!(matches!(
+            kv.extend(a, 5, 1, 0, &[]),
+            Err(KvError::Gap { position: 5, held: 3, .. })
+        ));
         for given in [&pages([])[..], &pages([0, 1])] {
             assert!(matches!(
-                kv.extend(a, 3, 62, given),
+                kv.extend(a, 3, 62, 0, given),
                 Err(KvError::PageCount { due: 1, positions: 65, .. })
             ));
         }
         for (given, expected) in [(3, "below"), (2, "has already"), (u32::MAX, "below")] {
-            let error = kv.extend(a, 3, 62, &pages([given])).unwrap_err().to_string();
+            let error = kv.extend(a, 3, 62, 0, &pages([given])).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
         }
-        kv.extend(a, 3, 62, &pages([0])).unwrap();
+        kv.extend(a, 3, 62, 0, &pages([0])).unwrap();
     }
 
     #[test]
@@ -381,28 +396,65 @@ mod tests {
             let error = kv.open(b, &pages(given.iter().copied())).unwrap_err();
             matches!(error, KvError::NotShareable { .. } | KvError::NoPage { .. })
         };
-        kv.extend(a, 0, 127, &pages([0, 1])).unwrap();
+        kv.extend(a, 0, 127, 0, &pages([0, 1])).unwrap();
         assert!(refused(&mut kv, &[1]), "half written");
         assert!(refused(&mut kv, &[2]), "never written");
         assert!(refused(&mut kv, &[0, 0]) && refused(&mut kv, &[9]));
         assert_eq!(kv.pages_in_use(), 2, "a refusal takes nothing");
         kv.open(b, &pages([0])).unwrap();
         assert!(matches!(
-            kv.extend(b, 64, 1, &pages([0])),
+            kv.extend(b, 64, 1, 0, &pages([0])),
             Err(KvError::Taken { page: PageId(0), .. })
         ));
         kv.release(a);
         kv.release(b);
         assert!(refused(&mut kv, &[0, 1]), "half written when it was given up");
         kv.open(b, &pages([0])).unwrap();
-        kv.extend(b, 64, 1, &pages([1])).unwrap();
+        kv.extend(b, 64, 1, 0, &pages([1])).unwrap();
         kv.release(b);
-        kv.extend(a, 0, 1, &pages([0])).unwrap();
+        kv.extend(a, 0, 1, 0, &pages([0])).unwrap();
         assert!(refused(&mut kv, &[0]), "written anew");
         kv.release(a);
-        kv.extend(a, 0, 64, &pages([0])).unwrap();
+        kv.extend(a, 0, 64, 0, &pages([0])).unwrap();
         kv.clear();
         assert!(refused(&mut kv, &[0]), "forgotten");
         assert_eq!(kv.pages_in_use(), 0);
+    }
+
+    #[test]
+    fn only_drafts_are_written_again() {
+        let mut kv = KvCache::new(SHAPE, 3);
+        let (a, b) = (SequenceId(1), SequenceId(2));
+        kv.extend(a, 0, 60, 0, &pages([0])).unwrap();
+        kv.extend(a, 60, 4, 3, &[]).unwrap();
+        for position in [0, 59, 60, 65] {
+            let refused = kv.extend(a, position, 1, 0, &[]);
+            assert!(matches!(refused, Err(KvError::Gap { held: 64, .. })), "{position}");
+        }
+        // One of the drafts was right; two more follow it, into the next page.
+        kv.extend(a, 62, 4, 2, &pages([1])).unwrap();
+        assert!(matches!(kv.extend(a, 63, 1, 0, &[]), Err(KvError::Gap { .. })), "settled");
+        kv.extend(a, 64, 1, 0, &[]).unwrap();
+        kv.open(b, &pages([0])).unwrap();
+        kv.release(b);
+        kv.extend(a, 65, 63, 1, &[]).unwrap();
+        kv.open(b, &pages([0, 1])).unwrap();
+        let shared = kv.extend(a, 127, 1, 0, &[]);
+        assert!(matches!(shared, Err(KvError::Taken { page: PageId(1), .. })), "{shared:?}");
+        kv.release(b);
+        kv.extend(a, 127, 1, 0, &[]).unwrap();
+        kv.release(a);
+        kv.open(b, &pages([0, 1])).unwrap();
+    }
+
+    #[test]
+    fn a_page_is_full_no_longer_when_its_drafts_are_given_up() {
+        let mut kv = KvCache::new(SHAPE, 2);
+        let (a, b) = (SequenceId(1), SequenceId(2));
+        kv.extend(a, 0, 64, 3, &pages([0])).unwrap();
+        kv.extend(a, 61, 1, 0, &[]).unwrap();
+        assert!(matches!(kv.open(b, &pages([0])), Err(KvError::NotShareable { .. })));
+        kv.extend(a, 62, 2, 0, &[]).unwrap();
+        kv.open(b, &pages([0])).unwrap();
     }
 }

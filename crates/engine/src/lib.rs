@@ -16,10 +16,11 @@
 //! chunking, threads, instruction set, stages, cached prefixes and resumes therefore change no answer.
 //!
 //! Reading order: [`request`] and [`plan`] (what is asked, what is computed), [`scheduler`],
-//! [`engine`], [`pipeline`]; then `runner`, `forward`, `kv`, `sampler`; then [`model_file`].
+//! [`drafter`], [`engine`], [`pipeline`]; then `runner`, `forward`, `kv`, `sampler`; then [`model_file`].
 
 pub mod bandwidth;
 pub mod demo;
+pub mod drafter;
 pub mod engine;
 mod forward;
 mod kv;
@@ -34,6 +35,7 @@ mod sampler;
 pub mod scheduler;
 
 pub use self::{
+    drafter::{Drafter, Speculation},
     engine::{
         Attachment, Engine, EngineError, EngineOptions, EventSink, SequenceHandle, StepError,
         StepObserver, StepReport,

@@ -76,6 +76,25 @@ pub struct Run {
     pub pages: Vec<PageId>,
 }
 
+impl Run {
+    /// Returns how many of the last rows are drafts: the tokens may turn out to be others.
+    pub fn drafts(&self) -> usize {
+        match &self.output {
+            RunOutput::Verify(drafts) => drafts.len(),
+            RunOutput::None | RunOutput::Sample | RunOutput::Score(_) => 0,
+        }
+    }
+
+    /// Returns whether the run is of a sequence that continues from its last token.
+    pub fn decodes(&self) -> bool {
+        match &self.output {
+            RunOutput::Sample => self.rows == 1,
+            RunOutput::Verify(_) => true,
+            RunOutput::None | RunOutput::Score(_) => false,
+        }
+    }
+}
+
 /// What the last stage returns for a run.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RunOutput {
@@ -83,6 +102,10 @@ pub enum RunOutput {
     None,
     /// The token sampled after the last row.
     Sample,
+    /// The rows after the first, one for each of these ids, are drafts: guesses of the tokens to
+    /// come. The token sampled after the first row, and, as long as the tokens sampled are the
+    /// drafts, those after the following rows.
+    Verify(Vec<u32>),
     /// The log-probability of each of these tokens after its row, and the likeliest token after
     /// every row. As many targets as rows, or one less: the last token of a text has none.
     Score(Vec<u32>),
@@ -116,12 +139,23 @@ pub enum RunOutcome {
         /// How likely it was, if the sequence asks for that.
         logprobs: Option<TokenLogprobs>,
     },
+    /// The tokens sampled after the first row and drafts that were right, at least one.
+    Tokens(Vec<SampledToken>),
     /// Log-probabilities of the targets and the likeliest token after every row.
     Scores(Scores),
     /// The computation gave an infinity or a NaN; the request cannot go on.
     NonFinite,
     /// The completion can no longer keep to its grammar; says why.
     Grammar(String),
+}
+
+/// A token that was sampled.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SampledToken {
+    /// The token.
+    pub id: u32,
+    /// How likely it was, if the sequence asks for that.
+    pub logprobs: Option<TokenLogprobs>,
 }
 
 /// Log-probabilities at one place, of the model: whatever the sampling parameters.

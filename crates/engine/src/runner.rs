@@ -249,7 +249,13 @@ impl StageRunner {
                     return Err(frame("score targets do not fit their rows".to_owned()));
                 }
             }
-            self.kv.extend(run.sequence, run.position, run.rows, &run.pages)?;
+            if let RunOutput::Verify(drafts) = &run.output {
+                let fits = drafts.len() + 1 == run.rows;
+                if !fits || drafts.iter().any(|id| *id as usize >= self.config.vocab) {
+                    return Err(frame("drafts do not fit their rows".to_owned()));
+                }
+            }
+            self.kv.extend(run.sequence, run.position, run.rows, run.drafts(), &run.pages)?;
         }
         Ok(())
     }

@@ -11,11 +11,15 @@
 //! Full pages outlive their sequence, for others that begin with the same tokens, until the room is
 //! needed. A preempted sequence is computed anew from its tokens, or from what is left of its
 //! pages; since a sequence's bits depend on nothing but itself, none of that changes an answer.
+//!
+//! Where few sequences decode and a drafter is there, a step verifies guesses of their next tokens as
+//! well. Only tokens that were sampled are ever part of a sequence, or of a page that others share.
 
 mod batch;
 mod pace;
 mod pages;
 mod sequence;
+mod speculation;
 #[cfg(test)]
 mod tests;
 
@@ -29,10 +33,15 @@ use self::{
     pace::Pace,
     pages::Pages,
     sequence::{Sequence, Table},
+    speculation::{Drafts, Speculation},
 };
 use crate::{
+    drafter::Drafter,
     kv::PAGE_POSITIONS,
-    plan::{OpenSequence, Run, RunOutcome, RunResult, Scores, SequenceId, StepPlan, StepResult},
+    plan::{
+        OpenSequence, Run, RunOutcome, RunOutput, RunResult, Scores, SequenceId, StepPlan,
+        StepResult,
+    },
     request::{SequenceEvent, SequenceRequest, SubmitError},
     sampler::SamplingParams,
 };
@@ -116,6 +125,10 @@ pub struct Tally {
     pub preemptions: usize,
     /// Tokens that need not be computed, since their pages were cached.
     pub hit_tokens: usize,
+    /// Drafts that were verified.
+    pub drafted: usize,
+    /// Drafts that were right: tokens that came without a step of their own.
+    pub accepted: usize,
 }
 
 /// The state machine. See the module's documentation.
@@ -131,6 +144,8 @@ pub struct Scheduler {
     in_flight: VecDeque<(u64, Vec<Run>)>,
     pages: Pages,
     pace: Pace,
+    /// Absent where no drafts are made.
+    speculation: Option<Speculation>,
     /// Whether the shortest prompt comes first in the next step, else the oldest.
     shortest_first: bool,
     tally: Tally,
@@ -149,9 +164,17 @@ impl Scheduler {
             in_flight: VecDeque::new(),
             pages: Pages::new(config.pages),
             pace: Pace::new(),
+            speculation: None,
             shortest_first: false,
             tally: Tally::default(),
         }
+    }
+
+    /// Has `drafter` guess up to `tokens` tokens of a sequence ahead, from now on; nobody, if absent
+    /// or 0. A pipeline of several stages computes no drafts.
+    pub fn draft_with(&mut self, drafter: Option<Box<dyn Drafter>>, tokens: usize) {
+        let drafter = drafter.filter(|_| tokens > 0);
+        self.speculation = drafter.map(|drafter| Speculation::new(drafter, tokens));
     }
 
     /// Returns the limits.
@@ -215,6 +238,7 @@ impl Scheduler {
             opened: false,
             in_flight: false,
             table: Table::new(root),
+            drafts: Drafts::default(),
         };
         if let Some(reason) = sequence.stop_reason(self.config.context_limit()) {
             return Ok(Some(SequenceEvent::Finished(reason)));
@@ -274,6 +298,7 @@ impl Scheduler {
         self.admit();
         let mut runs = self.plan_decode();
         self.plan_prefill(&mut runs);
+        self.plan_drafts(&mut runs);
         if runs.is_empty() && (self.closing.is_empty() || !self.in_flight.is_empty()) {
             return None;
         }
@@ -286,9 +311,14 @@ impl Scheduler {
                 find(&mut self.running, run.sequence).expect("runs are made of running sequences");
             let end = run.position + run.rows;
             sequence.in_flight = true;
-            ids.extend(&sequence.tokens[run.position..end]);
+            let drafts = run.drafts();
+            ids.extend(&sequence.tokens[run.position..end - drafts]);
+            if let RunOutput::Verify(drafts) = &run.output {
+                ids.extend(drafts);
+            }
             if sequence.decodes() {
-                shape.decode_rows += run.rows;
+                shape.decode_rows += run.rows - drafts;
+                shape.draft_rows += drafts;
             } else {
                 shape.prompt_rows += run.rows;
                 shape.prompt_positions += (run.position..end).sum::<usize>();
@@ -320,6 +350,9 @@ impl Scheduler {
     /// Learns what it took to compute a step, waiting not counted: the following are cut to it.
     pub fn observe(&mut self, shape: &StepShape, elapsed: Duration) {
         self.pace.observe(shape, elapsed);
+        if let Some(speculation) = self.speculation.as_mut().filter(|_| shape.prompt_rows == 0) {
+            speculation.observe(shape.decode_rows + shape.draft_rows, shape.draft_rows, elapsed);
+        }
     }
 
     /// Takes in what the last stage computed.
@@ -346,7 +379,7 @@ impl Scheduler {
             sequence.in_flight = false;
             // What a failed run has written is of no use to anybody.
             if !matches!(&outcome, Some(RunResult { outcome: RunOutcome::NonFinite, .. })) {
-                sequence.computed += run.rows;
+                sequence.computed += run.rows - run.drafts();
                 sequence.publish(&mut self.pages);
             }
             if sequence.cancelled {
@@ -357,6 +390,14 @@ impl Scheduler {
             let told = sequence
                 .take_in(&run, outcome.map(|result| result.outcome), limit, self.config.vocab)
                 .map_err(|what| ResultMismatch { step, what })?;
+            if run.drafts() > 0 {
+                let accepted = sequence.accept_drafts(&run, &mut self.pages);
+                self.tally.drafted += run.drafts();
+                self.tally.accepted += accepted;
+                if let Some(speculation) = &mut self.speculation {
+                    speculation.verified(&mut sequence.drafts, run.drafts(), accepted);
+                }
+            }
             let key = sequence.key;
             if told.iter().any(ends) {
                 self.close(index);

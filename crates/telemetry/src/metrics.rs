@@ -119,6 +119,8 @@ label_values! {
         Prompt = "prompt",
         /// The last token of a stream, to choose the next.
         Decode = "decode",
+        /// A guess of what follows that token, to be verified.
+        Draft = "draft",
     }
     /// Why a stream went on at another worker.
     MoveCause {
@@ -273,6 +275,8 @@ struct Inner {
     step_duration: HistogramFamily<ModelLabels>,
     step_rows: Family<RowLabels, Counter>,
     preemptions: Family<ModelLabels, Counter>,
+    drafted_tokens: Family<ModelLabels, Counter>,
+    accepted_tokens: Family<ModelLabels, Counter>,
     prefix_hit_tokens: Family<ModelLabels, Counter>,
 }
 
@@ -312,6 +316,8 @@ impl Metrics {
             step_duration: Family::new_with_constructor(|| Histogram::new(STEP_DURATION_SECONDS)),
             step_rows: Family::default(),
             preemptions: Family::default(),
+            drafted_tokens: Family::default(),
+            accepted_tokens: Family::default(),
             prefix_hit_tokens: Family::default(),
         };
 
@@ -433,6 +439,16 @@ impl Metrics {
             "tercet_prefix_hit_tokens",
             "Tokens that were not computed, since their KV pages were cached",
             inner.prefix_hit_tokens.clone(),
+        );
+        registry.register(
+            "tercet_drafted_tokens",
+            "Tokens that were guessed ahead and verified",
+            inner.drafted_tokens.clone(),
+        );
+        registry.register(
+            "tercet_accepted_tokens",
+            "Tokens guessed ahead that were right, and took no step of their own",
+            inner.accepted_tokens.clone(),
         );
         registry.register(
             "tercet_build",
@@ -595,6 +611,13 @@ impl Metrics {
     pub fn prefix_hit(&self, model: &str, tokens: usize) {
         let labels = ModelLabels { gen_ai_request_model: self.model_label(model) };
         self.0.prefix_hit_tokens.get_or_create(&labels).inc_by(tokens as u64);
+    }
+
+    /// Counts tokens of a model that were guessed ahead, and those of them that were right.
+    pub fn drafted(&self, model: &str, drafted: usize, accepted: usize) {
+        let labels = ModelLabels { gen_ai_request_model: self.model_label(model) };
+        self.0.drafted_tokens.get_or_create(&labels).inc_by(drafted as u64);
+        self.0.accepted_tokens.get_or_create(&labels).inc_by(accepted as u64);
     }
 
     fn model_label(&self, model: &str) -> String {

@@ -72,7 +72,7 @@ pub(crate) fn load(file: &ModelFile, model: &Hosted) -> Result<Loaded, LoadError
         let (metrics, name, meter) = (metrics.clone(), facts.name.clone(), model.meter.clone());
         engine.observe_steps(Box::new(move |report| {
             count(&metrics, &name, report);
-            meter.step(&report.shape, report.elapsed);
+            meter.step(report);
         }));
         let unverified = engine.unverified();
         (Role::Engine(Arc::new(engine)), parts, unverified)
@@ -134,10 +134,15 @@ fn text_parts(file: &ModelFile) -> Result<(Tokenizer, Option<ChatTemplate>), Loa
 /// Counts a step of the engine of a model.
 fn count(metrics: &Metrics, model: &str, report: &StepReport) {
     let StepReport { shape, tally, elapsed } = report;
-    let rows = [(RowKind::Prompt, shape.prompt_rows), (RowKind::Decode, shape.decode_rows)];
+    let rows = [
+        (RowKind::Prompt, shape.prompt_rows),
+        (RowKind::Decode, shape.decode_rows),
+        (RowKind::Draft, shape.draft_rows),
+    ];
     metrics.step(model, *elapsed, &rows);
     metrics.preempted(model, tally.preemptions);
     metrics.prefix_hit(model, tally.hit_tokens);
+    metrics.drafted(model, tally.drafted, tally.accepted);
 }
 
 /// Returns what tells of a stage of loading, and ends it when the model is not wanted any more.

@@ -1,14 +1,11 @@
 //! How much a model has to do, and how fast it does it.
 
-use std::{
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
-    },
-    time::Duration,
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicU64, AtomicUsize, Ordering},
 };
 
-use tercet_engine::scheduler::StepShape;
+use tercet_engine::StepReport;
 
 /// Computing time after which what was measured counts e times less: long enough to even out single
 /// steps, short enough to follow a machine that gets slower.
@@ -78,8 +75,11 @@ impl Meter {
     }
 
     /// Counts a step.
-    pub(crate) fn step(&self, shape: &StepShape, elapsed: Duration) {
-        self.lock().step(shape.decode_rows, shape.prompt_rows, elapsed.as_secs_f64());
+    pub(crate) fn step(&self, report: &StepReport) {
+        let StepReport { shape, tally, elapsed } = report;
+        // Drafts of the step before that were right are tokens of this one.
+        let tokens = shape.decode_rows + tally.accepted;
+        self.lock().step(tokens, shape.prompt_rows, elapsed.as_secs_f64());
     }
 
     fn lock(&self) -> MutexGuard<'_, Speed> {

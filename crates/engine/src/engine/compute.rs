@@ -90,6 +90,7 @@ impl Computer {
                 }
             }
             Command::Observe(observer) => self.observer = Some(observer),
+            Command::Draft(drafter, tokens) => self.scheduler.draft_with(drafter, tokens),
             Command::Stop => unreachable!("the loop ends at a stop"),
         }
     }

@@ -2,6 +2,7 @@
 //! logits depend on nothing but the sequence.
 
 mod cancel;
+mod drafts;
 mod grammar;
 mod prefixes;
 mod shared;

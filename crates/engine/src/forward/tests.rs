@@ -208,7 +208,7 @@ fn run(
             let sequence = SequenceId(index as u64);
             let due = pages_for(part.end) - pages_for(part.start);
             let pages: Vec<PageId> = free.by_ref().take(due).collect();
-            kv.extend(sequence, part.start, part.len(), &pages).unwrap();
+            kv.extend(sequence, part.start, part.len(), 0, &pages).unwrap();
             rows.extend(part.clone().map(|position| Row { sequence, position }));
             owners.extend(part.clone().map(|_| index));
             ids.extend(&prompt[part]);

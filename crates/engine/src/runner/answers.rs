@@ -6,13 +6,15 @@
 
 use std::collections::HashMap;
 
-use tercet_kernels::{Kernels, Lead};
+use tercet_kernels::Kernels;
 use tercet_text::GrammarError;
 
 use super::{LogitsObserver, Opened};
 use crate::{
     forward::Forward,
-    plan::{RunOutcome, RunOutput, RunResult, Scores, SequenceId, StepPlan, TokenLogprobs},
+    plan::{
+        RunOutcome, RunOutput, RunResult, SampledToken, Scores, SequenceId, StepPlan, TokenLogprobs,
+    },
     sampler::{Sampler, largest, token_id},
 };
 
@@ -45,28 +47,41 @@ struct Wanted {
 struct Progress {
     /// Something of the run was not finite.
     failed: bool,
-    sampled: Option<Result<(u32, Option<TokenLogprobs>), GrammarError>>,
+    /// The rest of the run is of no use.
+    complete: bool,
+    sampled: Vec<SampledToken>,
+    error: Option<GrammarError>,
     scores: Scores,
 }
 
-/// What is to be made of a row of logits.
+/// What is to be made of rows of logits that follow each other.
 struct Job<'a> {
-    wanted: Wanted,
+    first: Wanted,
     task: Task<'a>,
     logits: &'a [f32],
 }
 
 enum Task<'a> {
-    /// Samples the token at this position.
-    Sample { opened: &'a mut Opened, position: usize },
+    /// Samples the token at this position, and those after it as long as they are these drafts.
+    Sample { opened: &'a mut Opened, position: usize, drafts: &'a [u32] },
     /// Scores this token, if there is one.
     Score { target: Option<u32> },
 }
 
-/// What was made of a row of logits.
+/// What was made of rows of logits.
 enum Made {
-    Sampled(Result<(u32, Option<TokenLogprobs>), GrammarError>),
+    Sampled(Sampled),
     Scored { top: u32, logprob: Option<f32> },
+}
+
+/// What was sampled of rows that follow each other.
+#[derive(Default)]
+struct Sampled {
+    tokens: Vec<SampledToken>,
+    /// Why there is no token after those.
+    error: Option<GrammarError>,
+    /// The last token is not the draft that stands there.
+    diverged: bool,
 }
 
 impl Answers<'_> {
@@ -82,10 +97,14 @@ impl Answers<'_> {
         let mut wanted = Vec::new();
         let mut first = 0;
         for (index, run) in plan.runs.iter().enumerate() {
-            let failed = failed[first..first + run.rows].contains(&true);
+            let failed = &failed[first..first + run.rows];
+            // Drafts matter to nobody unless they are right: then they come again, as tokens.
+            let sound = failed.iter().position(|failed| *failed).unwrap_or(run.rows);
+            let failed = sound < run.rows - run.drafts();
             progress.push(Progress { failed, ..Progress::default() });
             let offsets = match run.output {
                 _ if failed => 0..0,
+                RunOutput::Verify(_) => 0..sound,
                 RunOutput::Score(_) => 0..run.rows,
                 _ if self.observer.is_some() => 0..run.rows,
                 RunOutput::Sample => run.rows - 1..run.rows,
@@ -96,7 +115,10 @@ impl Answers<'_> {
         }
         let mut wanted = wanted.into_iter();
         loop {
-            let alive = wanted.by_ref().filter(|wanted| !progress[wanted.run].failed);
+            let alive = wanted.by_ref().filter(|wanted| {
+                let Progress { failed, complete, .. } = progress[wanted.run];
+                !failed && !complete
+            });
             let group: Vec<_> = alive.take(LOGIT_ROWS).collect();
             if group.is_empty() {
                 break;
@@ -125,34 +147,55 @@ impl Answers<'_> {
         self.logits.resize(group.len() * vocab, 0.0);
         let finite = forward.logits(&rows, self.logits);
         let mut opened: HashMap<_, _> = self.sequences.iter_mut().collect();
-        let mut jobs = Vec::with_capacity(group.len());
-        for ((wanted, logits), finite) in
-            group.iter().zip(self.logits.chunks_exact(vocab)).zip(finite)
-        {
-            let (run, progress) = (&plan.runs[wanted.run], &mut progress[wanted.run]);
-            progress.failed |= !finite;
-            if progress.failed {
+        let mut jobs: Vec<Job<'_>> = Vec::with_capacity(group.len());
+        let mut start = 0;
+        for wanted in group.chunk_by(|a, b| a.run == b.run && plan.runs[a.run].drafts() > 0) {
+            let first = wanted[0];
+            let (run, progress) = (&plan.runs[first.run], &mut progress[first.run]);
+            let rows = start..start + wanted.len();
+            start = rows.end;
+            let sound = finite[rows.clone()].iter().take_while(|finite| **finite).count();
+            let drafts = match &run.output {
+                RunOutput::Verify(drafts) => &drafts[first.offset..],
+                RunOutput::None | RunOutput::Sample | RunOutput::Score(_) => &[],
+            };
+            progress.failed |= sound == 0 && progress.sampled.is_empty();
+            progress.complete |= sound < wanted.len();
+            if progress.failed || sound == 0 {
                 continue;
             }
-            if let Some(observer) = self.observer {
-                observer(run.sequence, run.position + wanted.offset, logits);
+            let logits = &self.logits[rows.start * vocab..(rows.start + sound) * vocab];
+            if let Some(observer) = self.observer.as_mut().filter(|_| run.drafts() == 0) {
+                observer(run.sequence, run.position + first.offset, logits);
             }
             let task = match &run.output {
-                RunOutput::Sample if wanted.offset + 1 == run.rows => Task::Sample {
+                RunOutput::Sample if first.offset + 1 < run.rows => continue,
+                RunOutput::Sample | RunOutput::Verify(_) => Task::Sample {
                     opened: opened.remove(&run.sequence).expect("runs are of open sequences"),
-                    position: run.position + run.rows,
+                    position: run.position + first.offset + 1,
+                    drafts,
                 },
                 RunOutput::Score(targets) => {
-                    Task::Score { target: targets.get(wanted.offset).copied() }
+                    Task::Score { target: targets.get(first.offset).copied() }
                 }
-                RunOutput::Sample | RunOutput::None => continue,
+                RunOutput::None => continue,
             };
-            jobs.push(Job { wanted: *wanted, task, logits });
+            jobs.push(Job { first, task, logits });
         }
-        for (wanted, made) in make_all(forward.kernels, forward.lead, self.samplers, jobs) {
-            let progress = &mut progress[wanted.run];
+        for (first, logits, made) in make_all(forward, self.samplers, jobs) {
+            let (run, progress) = (&plan.runs[first.run], &mut progress[first.run]);
             match made {
-                Made::Sampled(sampled) => progress.sampled = Some(sampled),
+                Made::Sampled(Sampled { tokens, error, diverged }) => {
+                    if let Some(observer) = self.observer.as_mut().filter(|_| run.drafts() > 0) {
+                        let rows = logits.chunks_exact(vocab).take(tokens.len());
+                        for (position, logits) in (run.position + first.offset..).zip(rows) {
+                            observer(run.sequence, position, logits);
+                        }
+                    }
+                    progress.complete |= diverged || error.is_some();
+                    progress.sampled.extend(tokens);
+                    progress.error = error;
+                }
                 Made::Scored { top, logprob } => {
                     progress.scores.top_ids.push(top);
                     progress.scores.logprobs.extend(logprob);
@@ -164,27 +207,36 @@ impl Answers<'_> {
 
 impl Progress {
     /// Returns the answer to a run that asked for `output`.
-    fn outcome(self, output: &RunOutput) -> Option<RunOutcome> {
-        Some(match (output, self.sampled) {
-            (RunOutput::None, _) if !self.failed => return None,
-            _ if self.failed => RunOutcome::NonFinite,
-            (RunOutput::Score(_), _) => RunOutcome::Scores(self.scores),
-            (_, Some(Ok((id, logprobs)))) => RunOutcome::Token { id, logprobs },
-            (_, Some(Err(error))) => RunOutcome::Grammar(error.to_string()),
-            (_, None) => return None,
-        })
+    fn outcome(mut self, output: &RunOutput) -> Option<RunOutcome> {
+        if self.failed {
+            return Some(RunOutcome::NonFinite);
+        }
+        // Behind drafts an error comes in the step that has its token for certain.
+        let error = self.error.filter(|_| self.sampled.is_empty());
+        if let Some(error) = error {
+            return Some(RunOutcome::Grammar(error.to_string()));
+        }
+        match output {
+            RunOutput::None => None,
+            RunOutput::Sample => {
+                let SampledToken { id, logprobs } = self.sampled.pop()?;
+                Some(RunOutcome::Token { id, logprobs })
+            }
+            RunOutput::Verify(_) => Some(RunOutcome::Tokens(self.sampled)),
+            RunOutput::Score(_) => Some(RunOutcome::Scores(self.scores)),
+        }
     }
 }
 
 /// Does the jobs, a share on each thread; returns what came out in their order.
-fn make_all(
-    kernels: Kernels,
-    lead: &Lead<'_>,
+fn make_all<'a>(
+    forward: &Forward<'_>,
     samplers: &mut Vec<Sampler>,
-    jobs: Vec<Job<'_>>,
-) -> Vec<(Wanted, Made)> {
+    jobs: Vec<Job<'a>>,
+) -> Vec<(Wanted, &'a [f32], Made)> {
+    let (kernels, lead, vocab) = (forward.kernels, forward.lead, forward.config.vocab);
     samplers.resize_with(lead.threads(), Sampler::default);
-    let mut made: Vec<_> = jobs.iter().map(|job| (job.wanted, None)).collect();
+    let mut made: Vec<_> = jobs.iter().map(|job| (job.first, job.logits, None)).collect();
     let share = jobs.len().div_ceil(lead.threads()).max(1);
     let mut jobs = jobs.into_iter();
     let parts: Vec<_> = made
@@ -193,19 +245,20 @@ fn make_all(
         .map(|(made, sampler)| (jobs.by_ref().take(made.len()).collect::<Vec<_>>(), made, sampler))
         .collect();
     lead.run(parts, |_, (jobs, made, sampler)| {
-        for (job, (_, made)) in jobs.into_iter().zip(made) {
-            *made = Some(job.make(kernels, sampler));
+        for (job, (_, _, made)) in jobs.into_iter().zip(made) {
+            *made = Some(job.make(kernels, sampler, vocab));
         }
     });
-    made.into_iter().filter_map(|(wanted, made)| Some((wanted, made?))).collect()
+    made.into_iter().filter_map(|(first, logits, made)| Some((first, logits, made?))).collect()
 }
 
 impl Job<'_> {
-    fn make(self, kernels: Kernels, sampler: &mut Sampler) -> Made {
+    fn make(self, kernels: Kernels, sampler: &mut Sampler, vocab: usize) -> Made {
         let logits = self.logits;
         match self.task {
-            Task::Sample { opened, position } => {
-                Made::Sampled(opened.sample(kernels, sampler, logits, position))
+            Task::Sample { opened, position, drafts } => {
+                let rows = logits.chunks_exact(vocab);
+                Made::Sampled(opened.sample_rows(kernels, sampler, rows, position, drafts))
             }
             Task::Score { target } => {
                 let top = kernels.argmax(logits);
@@ -219,6 +272,37 @@ impl Job<'_> {
 }
 
 impl Opened {
+    /// Returns the token sampled from the first of `rows` for `position`, and those from the rows
+    /// after it as long as the tokens before them are `drafts`.
+    fn sample_rows<'a>(
+        &mut self,
+        kernels: Kernels,
+        sampler: &mut Sampler,
+        rows: impl Iterator<Item = &'a [f32]>,
+        position: usize,
+        drafts: &[u32],
+    ) -> Sampled {
+        let mut sampled = Sampled::default();
+        for (offset, logits) in rows.enumerate() {
+            match self.sample(kernels, sampler, logits, position + offset) {
+                Ok(token) => {
+                    sampled.diverged = drafts.get(offset) != Some(&token.id);
+                    sampled.tokens.push(token);
+                    if sampled.diverged {
+                        break;
+                    }
+                }
+                Err(error) => {
+                    // Whatever comes next ends the same way.
+                    self.constraint = Some(Err(error.clone()));
+                    sampled.error = Some(error);
+                    break;
+                }
+            }
+        }
+        sampled
+    }
+
     /// Returns the token sampled from `logits` for `position`, which becomes part of the history.
     fn sample(
         &mut self,
@@ -226,7 +310,7 @@ impl Opened {
         sampler: &mut Sampler,
         logits: &[f32],
         position: usize,
-    ) -> Result<(u32, Option<TokenLogprobs>), GrammarError> {
+    ) -> Result<SampledToken, GrammarError> {
         let Self { sampling, history, constraint } = self;
         let mut constraint = match constraint {
             Some(Ok(constraint)) => Some(constraint),
@@ -249,7 +333,7 @@ impl Opened {
                 top: top.into_iter().map(|id| (id, normal.logprob(logits, id))).collect(),
             }
         });
-        Ok((id, logprobs))
+        Ok(SampledToken { id, logprobs })
     }
 }
 

@@ -1,7 +1,8 @@
 //! What goes into a step: decoding rows, prompt rows, and who loses its pages for them.
 
-use super::{Scheduler, find, sequence::Sequence};
+use super::{Scheduler, find, sequence::Sequence, speculation};
 use crate::{
+    drafter::Undrafted,
     kv::pages_for,
     plan::{Run, RunOutput, SequenceId},
 };
@@ -73,6 +74,51 @@ impl Scheduler {
         }
     }
 
+    /// Adds drafts to `runs`, if nobody waits for a prompt: rows of prompts use the machine better.
+    pub(super) fn plan_drafts(&mut self, runs: &mut [Run]) {
+        let Some(speculation) = &mut self.speculation else { return };
+        let free = speculation::MOST_ROWS.saturating_sub(runs.len());
+        let several_stages = self.config.steps_in_flight > 1;
+        if free == 0 || several_stages || !self.running.iter().all(Sequence::decodes) {
+            return;
+        }
+        let limit = self.config.context_limit();
+        let mut sequences: Vec<&mut Sequence> = Vec::with_capacity(runs.len());
+        sequences.extend(self.running.iter_mut().filter(|sequence| {
+            // A sequence without a page to grow into is not in the step.
+            runs.iter().any(|run| run.sequence == sequence.id)
+        }));
+        let chances: Vec<_> = sequences
+            .iter_mut()
+            .map(|sequence| {
+                let most = sequence.most_drafts(limit).min(free);
+                speculation.chance(&mut sequence.drafts, most)
+            })
+            .collect();
+        let mut free = free;
+        let mut wanted = Vec::with_capacity(sequences.len());
+        let shares = speculation.share(&chances);
+        for ((sequence, chance), share) in sequences.iter_mut().zip(&chances).zip(shares) {
+            let most = sequence.drafts.settle(chance, share).min(free);
+            free -= most;
+            if most > 0 {
+                wanted.push(Undrafted { sequence: sequence.id, tokens: &sequence.tokens, most });
+            }
+        }
+        if wanted.is_empty() {
+            return;
+        }
+        let drafts = speculation.drafter.draft(&wanted);
+        for (Undrafted { sequence, most, .. }, mut drafts) in wanted.into_iter().zip(drafts) {
+            drafts.truncate(most);
+            let run = runs.iter_mut().find(|run| run.sequence == sequence);
+            if let Some(run) = run.filter(|_| !drafts.is_empty()) {
+                run.rows += drafts.len();
+                run.output = RunOutput::Verify(drafts);
+            }
+        }
+    }
+
     /// Returns the running sequences whose prompts can go on, oldest first. One that has not begun
     /// looks at the cache again, and waits while an older one computes the page that it needs.
     fn prompts(&mut self) -> Vec<usize> {
@@ -135,6 +181,9 @@ impl Scheduler {
         let mut sequence = self.running.remove(index);
         if sequence.opened {
             self.closing.push(sequence.id);
+            if let Some(speculation) = &mut self.speculation {
+                speculation.drafter.forget(sequence.id);
+            }
         }
         sequence.give_up_pages(&mut self.pages);
         sequence

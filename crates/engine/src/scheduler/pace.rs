@@ -30,6 +30,8 @@ const OUTLIER: f64 = 4.0;
 pub struct StepShape {
     /// Rows of sequences that continue from their last token.
     pub decode_rows: usize,
+    /// Rows of drafts of what follows those.
+    pub draft_rows: usize,
     /// Rows of prompts.
     pub prompt_rows: usize,
     /// Sum of the positions of the prompts' rows.
@@ -81,7 +83,8 @@ impl Pace {
     pub(super) fn observe(&mut self, shape: &StepShape, elapsed: Duration) {
         let seconds = elapsed.as_secs_f64();
         if shape.prompt_rows == 0 {
-            if shape.decode_rows > 0 {
+            // With drafts it is another kind of step.
+            if shape.decode_rows > 0 && shape.draft_rows == 0 {
                 self.decode.push_back((count(shape.decode_rows), seconds));
                 if self.decode.len() > WINDOW {
                     self.decode.pop_front();
@@ -244,7 +247,7 @@ mod tests {
 
     fn shape(decode_rows: usize, position: usize, prompt_rows: usize) -> StepShape {
         let prompt_positions = (position..position + prompt_rows).sum();
-        StepShape { decode_rows, prompt_rows, prompt_positions }
+        StepShape { decode_rows, prompt_rows, prompt_positions, ..StepShape::default() }
     }
 
     fn step(pace: &mut Pace, shape: StepShape, noise: f64) -> f64 {

@@ -2,10 +2,10 @@
 
 use tercet_text::{PageName, prefix::PAGE_IDS};
 
-use super::{RequestKey, pages::Pages};
+use super::{RequestKey, pages::Pages, speculation::Drafts};
 use crate::{
-    kv::pages_for,
-    plan::{PageId, Run, RunOutcome, RunOutput, Scores, SequenceId},
+    kv::{PAGE_POSITIONS, pages_for},
+    plan::{PageId, Run, RunOutcome, RunOutput, SampledToken, Scores, SequenceId},
     request::{Output, SequenceEvent, SequenceFailure, SequenceRequest, StopReason},
 };
 
@@ -24,6 +24,7 @@ pub(super) struct Sequence {
     pub(super) opened: bool,
     pub(super) in_flight: bool,
     pub(super) table: Table,
+    pub(super) drafts: Drafts,
 }
 
 /// The pages of a sequence, and their names.
@@ -64,7 +65,8 @@ impl Table {
 
     /// Returns the pages that the stages have not been told of and that hold positions below `end`.
     pub(super) fn tell(&mut self, end: usize) -> Vec<PageId> {
-        let told = std::mem::replace(&mut self.told, pages_for(end));
+        let told = self.told;
+        self.told = told.max(pages_for(end));
         self.pages[told..self.told].to_vec()
     }
 
@@ -193,6 +195,26 @@ impl Sequence {
             && matches!(self.request.output, Output::Generate { .. })
     }
 
+    /// Returns how many drafts can be of use after the last token: no more than tokens may follow
+    /// it but one, and than its last page has room for.
+    pub(super) fn most_drafts(&self, context: usize) -> usize {
+        let Output::Generate { max_tokens, .. } = &self.request.output else { return 0 };
+        let completion = self.tokens.len() - self.request.prompt.len();
+        let wanted = (max_tokens - completion).min(context - self.tokens.len());
+        let room = self.table.pages.len() * PAGE_POSITIONS - self.tokens.len();
+        room.min(wanted.saturating_sub(1))
+    }
+
+    /// After the answer to `run` was taken in: the positions of the drafts that are tokens now are
+    /// computed. Returns their number.
+    pub(super) fn accept_drafts(&mut self, run: &Run, pages: &mut Pages) -> usize {
+        let appended = self.tokens.len() - (run.position + 1);
+        let accepted = appended.saturating_sub(1);
+        self.computed += accepted;
+        self.publish(pages);
+        accepted
+    }
+
     /// Returns what the last stage tells of the next `rows` rows.
     pub(super) fn output_of(&self, rows: usize) -> RunOutput {
         let first = self.next_position();
@@ -218,22 +240,19 @@ impl Sequence {
             (_, Some(RunOutcome::NonFinite)) => {
                 Ok(vec![SequenceEvent::Failed(SequenceFailure::NonFinite)])
             }
-            (RunOutput::Sample, Some(RunOutcome::Grammar(why))) => {
+            (RunOutput::Sample | RunOutput::Verify(_), Some(RunOutcome::Grammar(why))) => {
                 Ok(vec![SequenceEvent::Failed(SequenceFailure::Grammar(why))])
             }
             (RunOutput::None, None) => Ok(Vec::new()),
             (RunOutput::Sample, Some(RunOutcome::Token { id, logprobs })) => {
-                if id as usize >= vocab {
-                    return Err("a token id beyond the vocabulary");
+                self.append(vec![SampledToken { id, logprobs }], context, vocab)
+            }
+            (RunOutput::Verify(drafts), Some(RunOutcome::Tokens(sampled))) => {
+                let agree = sampled.iter().zip(drafts).take_while(|(a, b)| a.id == **b).count();
+                if !(1..=agree + 1).contains(&sampled.len()) {
+                    return Err("tokens follow drafts only as long as those are right");
                 }
-                if logprobs.is_some() != self.request.sampling.top_logprobs.is_some() {
-                    return Err("log-probabilities only where they are asked for");
-                }
-                let index = self.tokens.len() - self.request.prompt.len();
-                self.tokens.push(id);
-                let mut events = vec![SequenceEvent::Token { index, id, logprobs }];
-                events.extend(self.stop_reason(context).map(SequenceEvent::Finished));
-                Ok(events)
+                self.append(sampled, context, vocab)
             }
             (RunOutput::Score(targets), Some(RunOutcome::Scores(scores))) => {
                 if scores.logprobs.len() != targets.len() || scores.top_ids.len() != run.rows {
@@ -247,6 +266,32 @@ impl Sequence {
             }
             _ => Err("a result of another kind is due"),
         }
+    }
+
+    /// Adds tokens to the completion, up to one that completes it.
+    fn append(
+        &mut self,
+        sampled: Vec<SampledToken>,
+        context: usize,
+        vocab: usize,
+    ) -> Result<Vec<SequenceEvent>, &'static str> {
+        let mut events = Vec::with_capacity(sampled.len());
+        for SampledToken { id, logprobs } in sampled {
+            if id as usize >= vocab {
+                return Err("a token id beyond the vocabulary");
+            }
+            if logprobs.is_some() != self.request.sampling.top_logprobs.is_some() {
+                return Err("log-probabilities only where they are asked for");
+            }
+            let index = self.tokens.len() - self.request.prompt.len();
+            self.tokens.push(id);
+            events.push(SequenceEvent::Token { index, id, logprobs });
+            if let Some(reason) = self.stop_reason(context) {
+                events.push(SequenceEvent::Finished(reason));
+                break;
+            }
+        }
+        Ok(events)
     }
 
     /// Returns why the completion is complete, if it is.

@@ -1,3 +1,4 @@
+mod drafts;
 mod prefixes;
 mod random;
 
@@ -6,7 +7,7 @@ use std::collections::{HashMap, HashSet};
 use super::*;
 use crate::{
     kv::{KvCache, KvShape},
-    plan::{RunOutcome, RunOutput, RunResult},
+    plan::{RunOutcome, RunOutput, RunResult, SampledToken},
     request::{Output, SequenceFailure, StopReason},
     sampler::SamplingParams,
 };
@@ -71,10 +72,10 @@ impl Stages {
         for run in &planned.plan.runs {
             assert!(seen.insert(run.sequence), "two runs of one sequence in a step");
             assert!(self.open.contains(&run.sequence) && run.rows > 0);
-            self.kv.extend(run.sequence, run.position, run.rows, &run.pages).unwrap();
-            let mut failed = false;
+            self.kv.extend(run.sequence, run.position, run.rows, run.drafts(), &run.pages).unwrap();
+            let (mut failed, due) = (false, run.position + run.rows - run.drafts());
             for (position, id) in (run.position..).zip(ids.by_ref().take(run.rows)) {
-                failed |= id == POISON;
+                failed |= id == POISON && position < due;
                 // What is computed from a failed row on is of no use.
                 let key = if failed { f32::NAN } else { f32::from_bits(id + 1) };
                 self.kv.write(run.sequence, 0, position, &[key], &[0.0]);
@@ -84,6 +85,7 @@ impl Stages {
                 _ if failed => RunOutcome::NonFinite,
                 RunOutput::None => continue,
                 RunOutput::Sample => RunOutcome::Token { id: next_token(&held()), logprobs: None },
+                RunOutput::Verify(drafts) => RunOutcome::Tokens(self.verify(run, drafts)),
                 RunOutput::Score(targets) => RunOutcome::Scores(Scores {
                     logprobs: targets.iter().map(|id| -(*id as f32)).collect(),
                     top_ids: held().split_off(run.position),
@@ -93,6 +95,18 @@ impl Stages {
         }
         assert_eq!(ids.next(), None);
         StepResult { step: planned.plan.step, results }
+    }
+
+    fn verify(&self, run: &Run, drafts: &[u32]) -> Vec<SampledToken> {
+        let mut sampled = Vec::new();
+        for row in 0..run.rows {
+            let id = next_token(&self.held(run.sequence, run.position + row + 1));
+            sampled.push(SampledToken { id, logprobs: None });
+            if drafts.get(row) != Some(&id) {
+                break;
+            }
+        }
+        sampled
     }
 
     /// Reads the ids of a sequence, as attention would.
@@ -144,6 +158,8 @@ impl Simulation {
         }
         self.tally.preemptions += planned.tally.preemptions;
         self.tally.hit_tokens += planned.tally.hit_tokens;
+        self.tally.drafted += planned.tally.drafted;
+        self.tally.accepted += planned.tally.accepted;
         self.under_way.push_back(self.stages.compute(&planned));
         assert!(self.under_way.len() <= self.scheduler.config.steps_in_flight);
         Some(planned.shape)
@@ -170,7 +186,9 @@ impl Simulation {
     /// Runs until nothing is left.
     fn drain(&mut self) {
         for _ in 0..50_000 {
-            while self.plan().is_some() {}
+            while let Some(shape) = self.plan() {
+                self.scheduler.observe(&shape, Duration::from_millis(1));
+            }
             if !self.apply() {
                 let load = self.scheduler.load();
                 assert_eq!((load.running, load.waiting, load.pages_referenced), (0, 0, 0));

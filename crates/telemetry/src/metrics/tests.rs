@@ -88,6 +88,7 @@ fn gauges_and_counters_have_their_names() {
     metrics.step("demo", Duration::from_millis(3), &[(RowKind::Decode, 2)]);
     metrics.preempted("demo", 3);
     metrics.prefix_hit("demo", 128);
+    metrics.drafted("demo", 9, 4);
     for (series, expected) in [
         ("tercet_sequences{gen_ai_request_model=\"demo\",state=\"waiting\"}", 3.0),
         ("tercet_kv_pages{gen_ai_request_model=\"demo\",state=\"cached\"}", 5.0),
@@ -110,6 +111,8 @@ fn gauges_and_counters_have_their_names() {
         ("tercet_step_duration_seconds_bucket{le=\"0.005\",gen_ai_request_model=\"demo\"}", 2.0),
         ("tercet_step_rows_total{gen_ai_request_model=\"demo\",kind=\"prompt\"}", 12.0),
         ("tercet_step_rows_total{gen_ai_request_model=\"demo\",kind=\"decode\"}", 2.0),
+        ("tercet_drafted_tokens_total{gen_ai_request_model=\"demo\"}", 9.0),
+        ("tercet_accepted_tokens_total{gen_ai_request_model=\"demo\"}", 4.0),
         ("tercet_preemptions_total{gen_ai_request_model=\"demo\"}", 3.0),
         ("tercet_prefix_hit_tokens_total{gen_ai_request_model=\"demo\"}", 128.0),
     ] {

@@ -214,9 +214,10 @@ impl Computer {
             let span = span::stage(&open.traceparent, &self.model, &self.layers, open.id.0);
             self.spans.insert(open.id, span);
         }
-        let alone = |run: &&Run| run.rows == 1 && run.output == RunOutput::Sample;
-        let decode = frame.plan.runs.iter().filter(alone).count();
-        let rows = [(RowKind::Prompt, frame.plan.rows() - decode), (RowKind::Decode, decode)];
+        let decode = frame.plan.runs.iter().filter(|run| run.decodes()).count();
+        let drafts = frame.plan.runs.iter().map(Run::drafts).sum();
+        let prompt = frame.plan.rows() - decode - drafts;
+        let rows = [(RowKind::Prompt, prompt), (RowKind::Decode, decode), (RowKind::Draft, drafts)];
         let followed = self.follower.apply(frame);
         self.metrics.step(&self.model, self.follower.last_step(), &rows);
         match followed.map_err(|error| Reason::PipelineBroken.status(error.to_string()))? {

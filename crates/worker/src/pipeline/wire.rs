@@ -7,8 +7,8 @@ use bytes::Bytes;
 use tercet_engine::{
     SamplingParams, StageFrame,
     plan::{
-        OpenSequence, PageId, Run, RunOutcome, RunOutput, RunResult, Scores, SequenceId, StepPlan,
-        StepResult, TokenLogprobs,
+        OpenSequence, PageId, Run, RunOutcome, RunOutput, RunResult, SampledToken, Scores,
+        SequenceId, StepPlan, StepResult, TokenLogprobs,
     },
 };
 use tercet_proto::{GrammarSpec, Reason, v1};
@@ -88,6 +88,7 @@ fn run(run: Run) -> v1::Run {
             RunOutput::None => None,
             RunOutput::Sample => Some(v1::run::Output::Sample(v1::SampleOutput {})),
             RunOutput::Score(targets) => Some(v1::run::Output::Score(v1::ScoreOutput { targets })),
+            RunOutput::Verify(drafts) => Some(v1::run::Output::Verify(v1::VerifyOutput { drafts })),
         },
     }
 }
@@ -149,6 +150,7 @@ fn read_run(run: v1::Run) -> Run {
             None => RunOutput::None,
             Some(v1::run::Output::Sample(v1::SampleOutput {})) => RunOutput::Sample,
             Some(v1::run::Output::Score(score)) => RunOutput::Score(score.targets),
+            Some(v1::run::Output::Verify(verify)) => RunOutput::Verify(verify.drafts),
         },
     }
 }
@@ -157,6 +159,14 @@ fn read_run(run: v1::Run) -> Run {
 pub(crate) fn result(epoch: u64, result: StepResult) -> v1::StepResult {
     let outcome = |outcome| match outcome {
         RunOutcome::Token { id, .. } => v1::run_result::Outcome::TokenId(id),
+        RunOutcome::Tokens(tokens) => {
+            let token = |SampledToken { id, logprobs }| v1::SampledToken {
+                id,
+                logprobs: logprobs.as_ref().map(write_logprobs),
+            };
+            let tokens = tokens.into_iter().map(token).collect();
+            v1::run_result::Outcome::Tokens(v1::TokensResult { tokens })
+        }
         RunOutcome::Scores(Scores { logprobs, top_ids }) => {
             v1::run_result::Outcome::Scores(v1::ScoreResult { logprobs, top_ids })
         }
@@ -175,8 +185,12 @@ pub(crate) fn result(epoch: u64, result: StepResult) -> v1::StepResult {
 
 fn logprobs(outcome: &RunOutcome) -> Option<v1::SampledLogprobs> {
     let RunOutcome::Token { logprobs: Some(logprobs), .. } = outcome else { return None };
+    Some(write_logprobs(logprobs))
+}
+
+fn write_logprobs(logprobs: &TokenLogprobs) -> v1::SampledLogprobs {
     let (top_ids, top_logprobs) = logprobs.top.iter().copied().unzip();
-    Some(v1::SampledLogprobs { logprob: logprobs.logprob, top_ids, top_logprobs })
+    v1::SampledLogprobs { logprob: logprobs.logprob, top_ids, top_logprobs }
 }
 
 fn read_logprobs(logprobs: v1::SampledLogprobs) -> TokenLogprobs {
@@ -192,6 +206,13 @@ pub(crate) fn read_result(message: v1::StepResult) -> Result<StepResult, WireErr
         let outcome = match run.outcome.ok_or(WireError::Outcome { step, sequence })? {
             v1::run_result::Outcome::TokenId(id) => {
                 RunOutcome::Token { id, logprobs: run.logprobs.map(read_logprobs) }
+            }
+            v1::run_result::Outcome::Tokens(v1::TokensResult { tokens }) => {
+                let token = |token: v1::SampledToken| SampledToken {
+                    id: token.id,
+                    logprobs: token.logprobs.map(read_logprobs),
+                };
+                RunOutcome::Tokens(tokens.into_iter().map(token).collect())
             }
             v1::run_result::Outcome::Scores(v1::ScoreResult { logprobs, top_ids }) => {
                 RunOutcome::Scores(Scores { logprobs, top_ids })
@@ -253,6 +274,7 @@ mod tests {
                     run(1, 1, RunOutput::None),
                     run(2, 1, RunOutput::Sample),
                     run(3, 2, RunOutput::Score(vec![7])),
+                    run(4, 3, RunOutput::Verify(vec![9, 8])),
                 ],
             },
             activations: vec![0.0, -0.0, 1.5e-42, f32::MAX, f32::INFINITY, -1.0, 3.25, 1.0],
@@ -282,6 +304,13 @@ mod tests {
                 id: 1,
                 logprobs: Some(TokenLogprobs { logprob: -0.5, top: vec![(2, -0.25), (1, -0.5)] }),
             },
+            RunOutcome::Tokens(vec![
+                SampledToken { id: 7, logprobs: None },
+                SampledToken {
+                    id: 8,
+                    logprobs: Some(TokenLogprobs { logprob: -0.5, top: vec![(8, -0.5)] }),
+                },
+            ]),
             RunOutcome::Scores(Scores { logprobs: vec![-0.5], top_ids: vec![1, 2] }),
             RunOutcome::NonFinite,
             RunOutcome::Grammar("no token fits".to_owned()),

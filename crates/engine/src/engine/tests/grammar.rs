@@ -152,3 +152,40 @@ fn what_cannot_be_followed_fails_alone() {
     let failed = receiver.recv_timeout(WAIT).unwrap();
     assert!(matches!(failed, SequenceEvent::Failed(SequenceFailure::Grammar(_))), "{failed:?}");
 }
+
+/// What a grammar forbids is never accepted, and what fails behind right drafts fails as without.
+#[test]
+fn drafts_change_no_token_of_a_form() {
+    use crate::drafter::Forced;
+
+    let mut asked = asked();
+    // Nothing stops these at the end of their form: they go on, or fail, as without drafts.
+    for number in [0, 4, 8] {
+        let output = Output::Generate { max_tokens: 160, stop_ids: Vec::new() };
+        asked.push(SequenceRequest { output, ..asked[number].clone() });
+    }
+    let answers = |engine: &Engine| -> Vec<Vec<SequenceEvent>> {
+        let running: Vec<_> = asked.iter().map(|asked| submit(engine, asked.clone())).collect();
+        let told = running.iter().map(|(_, receiver)| {
+            let told = receiver.iter();
+            told.filter(|event| !matches!(event, SequenceEvent::Scheduled { .. })).collect()
+        });
+        told.collect()
+    };
+    let model = demo::model().unwrap();
+    let options = EngineOptions { max_sequences: 2, ..with_grammars() };
+    let expected = answers(&Engine::load(&model, &options).unwrap());
+    let text = |(asked, told): (&SequenceRequest, &Vec<SequenceEvent>)| {
+        let ids = told.iter().filter_map(|event| match event {
+            SequenceEvent::Token { id, .. } => Some(*id),
+            _ => None,
+        });
+        asked.prompt.iter().copied().chain(ids).collect::<Vec<u32>>()
+    };
+    let texts: Vec<_> = asked.iter().zip(&expected).map(text).collect();
+    for acceptance in [0.0, 0.5, 0.8, 1.0] {
+        let engine = Engine::load(&model, &options).unwrap();
+        engine.draft_with(Some(Box::new(Forced::new(texts.clone(), acceptance, 1))), 5);
+        assert_eq!(answers(&engine), expected, "{acceptance} right");
+    }
+}

@@ -118,11 +118,14 @@ proptest! {
         max_sequences in 1_usize..7,
         prefill_chunk in 1_usize..100,
         steps_in_flight in 1_usize..4,
+        drafts in (0_usize..8, prop::sample::select(vec![0.0, 0.5, 0.8, 1.0])),
     ) {
         let config =
             SchedulerConfig { steps_in_flight, ..config(pages, max_sequences, prefill_chunk) };
         let limit = config.context_limit();
         let mut simulation = Simulation::new(config);
+        let guesses = drafts::Guesses { acceptance: drafts.1, drawn: 0 };
+        simulation.scheduler.draft_with(Some(Box::new(guesses)), drafts.0);
         let mut requests: Vec<Option<SequenceRequest>> = Vec::new();
         for action in &actions {
             match action {
@@ -168,10 +171,13 @@ proptest! {
         pages in 4_usize..9,
         max_sequences in 2_usize..6,
         steps_in_flight in 1_usize..4,
+        drafts in (0_usize..8, prop::sample::select(vec![0.0, 0.5, 0.8, 1.0])),
     ) {
         let config = SchedulerConfig { steps_in_flight, ..config(pages, max_sequences, 40) };
         let limit = config.context_limit();
         let mut simulation = Simulation::new(config);
+        let guesses = drafts::Guesses { acceptance: drafts.1, drawn: 0 };
+        simulation.scheduler.draft_with(Some(Box::new(guesses)), drafts.0);
         let requests: Vec<_> =
             all.iter().enumerate().map(|(number, asked)| build(number, asked, limit)).collect();
         for (key, asked) in (0..).zip(&requests) {

@@ -11,7 +11,7 @@
 //!                                        `- Dot::run(neon) with every method of Lanes inlined
 //! ```
 //!
-//! [`emulated`] implements both traits with plain arrays, in the widths and with the arithmetic of
+//! The module `emulated` implements both traits with plain arrays, in the widths and with the arithmetic of
 //! every instruction set, so that the algorithms are tested also where the instructions are missing.
 
 mod attention;
@@ -281,6 +281,10 @@ pub(crate) enum Tile {
     /// Four rows and four tokens: for 32 registers.
     Large,
     /// Four rows and eight tokens, where a register holds the sums of several pairs.
+    #[cfg_attr(
+        not(any(target_arch = "aarch64", feature = "emulated")),
+        expect(dead_code, reason = "no instruction of x86-64 multiplies pairs")
+    )]
     Paired,
 }
 

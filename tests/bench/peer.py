@@ -10,7 +10,8 @@ Each program measures each phase in a process of its own, in turn, --runs times.
 appended to --out at once, so a comparison can be made in short pieces; --table prints it all, with
 the ratio of our median to that of the fastest peer of the phase.
 
-    pip install llama-cpp-python ik-llama-cpp-python    # both compile for a long time
+    pip install llama-cpp-python                # compiles for some minutes
+    pip install ik-llama-cpp-python             # as a wheel: its source package 0.1.5 lacks a file
     python3 tests/bench/peer.py --threads 2
     python3 tests/bench/peer.py --shape 125m --phase decode --runs 9
     python3 tests/bench/peer.py --table
@@ -103,6 +104,9 @@ class Peer:
         if hasattr(params, "kv_unified"):
             # One cache of all streams, as the fork has: each needs its share of it only.
             params.kv_unified = True
+        if hasattr(params, "flash_attn") and streams > 1:
+            # Of the fork: its flash attention of several streams ends at an assertion, S > 0.
+            params.flash_attn = False
         self.context = api.llama_init_from_model(self.model, params)
         if not self.context:
             raise SystemExit(f"{module} has no room for {streams} streams of {positions} tokens")

@@ -4,7 +4,7 @@
 use crate::x86_64::avx2::Avx2;
 use crate::{
     AttentionScratch, BLOCK_POSITIONS, ColumnsMut, DenseMatrix, Int8RowMut, Int8Rows, Isa,
-    NonFinite, SCALE_BLOCK, TernaryMatrix, TernaryScratch,
+    NonFinite, SCALE_BLOCK, Screen, ScreenPart, ScreenQuery, TernaryMatrix, TernaryScratch,
     attention::Shape,
     rows::RowFacts,
     scalar,
@@ -187,6 +187,58 @@ impl Kernels {
             Variant::Vectors(vectors) => {
                 vectors.run(vector::DenseRow { kind: w.kind(), bytes: w.row_bytes(row), out });
             }
+        }
+    }
+
+    /// Multiplies some rows of `w` with one row of activations: the same bits as
+    /// [`dense_matmul`](Self::dense_matmul).
+    ///
+    /// # Panics
+    /// If a row does not exist, or the lengths do not fit.
+    pub fn dense_rows(&self, w: &DenseMatrix, rows: &[u32], x: &[f32], out: &mut [f32]) {
+        assert_eq!(x.len(), w.cols(), "activations and columns");
+        assert_eq!(rows.len(), out.len(), "rows and room for their products");
+        match self.variant {
+            Variant::Scalar | Variant::Vectors(_) => scalar::dense::rows(w, rows, x, out),
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx2(avx2) => avx2.dense_rows(w, rows, x, out),
+        }
+    }
+
+    /// Returns whether this variant multiplies with a [`Screen`] as fast as memory delivers it.
+    pub fn is_quick_to_screen(&self) -> bool {
+        match self.variant {
+            Variant::Scalar | Variant::Vectors(_) => false,
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx2(_) => true,
+        }
+    }
+
+    /// Fills a part of the screen of `w`.
+    ///
+    /// # Panics
+    /// If the part is of the screen of a matrix of another shape.
+    pub fn fill_screen(&self, w: &DenseMatrix, part: ScreenPart<'_>) {
+        match self.variant {
+            Variant::Scalar | Variant::Vectors(_) => scalar::screen::fill(w, part),
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx2(avx2) => avx2.fill_screen(w, part),
+        }
+    }
+
+    /// Estimates the products of the tokens of `x` with the rows of `w` that `out` has columns for.
+    /// [`Screen::bound`] says how far those of [`dense_matmul`](Self::dense_matmul) can be.
+    ///
+    /// # Panics
+    /// If the shapes do not fit.
+    pub fn screen_matmul(&self, w: &Screen, x: &ScreenQuery, out: ColumnsMut<'_>) {
+        assert_eq!(w.cols(), x.cols(), "columns of the screen and of the activations");
+        assert!(x.tokens() <= out.rows(), "{} tokens in {} rows", x.tokens(), out.rows());
+        assert!(out.columns().end <= w.rows(), "columns {:?} of {}", out.columns(), w.rows());
+        match self.variant {
+            Variant::Scalar | Variant::Vectors(_) => scalar::screen::estimate(w, x, out),
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx2(avx2) => avx2.screen_matmul(w, x, out),
         }
     }
 

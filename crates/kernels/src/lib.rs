@@ -57,7 +57,7 @@
 //! # Reading order
 //!
 //! [`Isa`] and [`Kernels`] choose a variant; [`TernaryMatrix`], [`DenseMatrix`] and [`Int8Rows`]
-//! are the operands; [`MatrixMut`] hands disjoint columns of a result to threads; [`Crew`] is the
+//! are the operands; [`Screen`] is a smaller copy of one; [`MatrixMut`] hands disjoint columns of a result to threads; [`Crew`] is the
 //! meeting point of those threads. This crate creates no thread, reads no file and depends on
 //! nothing.
 
@@ -80,6 +80,7 @@ mod pack;
 mod rows;
 mod scalar;
 mod scratch;
+mod screen;
 mod vector;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
@@ -96,6 +97,7 @@ pub use self::{
     pack::{SCALE_BLOCK, TERNARY_BLOCK, TernaryMatrix},
     rows::{Int8RowMut, Int8Rows, Int8RowsMut},
     scratch::TernaryScratch,
+    screen::{Screen, ScreenPart, ScreenQuery},
 };
 
 /// Virtual lanes of every f32 reduction.

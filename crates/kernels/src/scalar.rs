@@ -7,5 +7,6 @@ pub(crate) mod attention;
 pub(crate) mod dense;
 pub(crate) mod exp;
 pub(crate) mod lanes;
+pub(crate) mod screen;
 pub(crate) mod ternary;
 pub(crate) mod vector;

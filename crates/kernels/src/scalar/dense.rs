@@ -16,6 +16,14 @@ pub(crate) fn matmul(w: &DenseMatrix, x: &[f32], mut out: ColumnsMut<'_>) {
     }
 }
 
+pub(crate) fn rows(w: &DenseMatrix, rows: &[u32], x: &[f32], out: &mut [f32]) {
+    let mut weights = vec![0.0; w.cols()];
+    for (at, out) in rows.iter().zip(out) {
+        row(w.kind(), w.row_bytes(*at as usize), &mut weights);
+        *out = lanes::dot(&weights, x);
+    }
+}
+
 pub(crate) fn row(kind: DenseType, bytes: &[u8], out: &mut [f32]) {
     match kind {
         DenseType::F32 => {

@@ -11,6 +11,7 @@ mod dense;
 mod exp;
 mod lanes;
 mod memory;
+mod screen;
 mod ternary;
 mod vector;
 mod vectors;
@@ -18,8 +19,8 @@ mod vectors;
 pub(super) use self::vectors::totals_of_eight;
 use super::avx_vnni::AvxVnni;
 use crate::{
-    AttentionScratch, ColumnsMut, DenseMatrix, DenseType, Int8Rows, Isa, TernaryMatrix,
-    TernaryScratch,
+    AttentionScratch, ColumnsMut, DenseMatrix, DenseType, Int8Rows, Isa, Screen, ScreenPart,
+    ScreenQuery, TernaryMatrix, TernaryScratch,
     attention::Shape,
     rows::RowFacts,
     vector::{TernaryMatmul, TernaryMatmulBlocks},
@@ -102,6 +103,21 @@ impl Avx2 {
     pub(crate) fn dense_row(self, kind: DenseType, bytes: &[u8], out: &mut [f32]) {
         // SAFETY: `self` exists, so the CPU has the features.
         unsafe { dense::row(kind, bytes, out) }
+    }
+
+    pub(crate) fn dense_rows(self, w: &DenseMatrix, rows: &[u32], x: &[f32], out: &mut [f32]) {
+        // SAFETY: `self` exists, so the CPU has the features.
+        unsafe { dense::rows(w, rows, x, out) }
+    }
+
+    pub(crate) fn fill_screen(self, w: &DenseMatrix, part: ScreenPart<'_>) {
+        // SAFETY: `self` exists, so the CPU has the features.
+        unsafe { screen::fill(w, part) }
+    }
+
+    pub(crate) fn screen_matmul(self, w: &Screen, x: &ScreenQuery, out: ColumnsMut<'_>) {
+        // SAFETY: `self` exists, so the CPU has the features.
+        unsafe { screen::estimate(w, x, out) }
     }
 
     pub(crate) fn dot(self, a: &[f32], b: &[f32]) -> f32 {

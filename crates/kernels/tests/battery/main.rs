@@ -9,6 +9,7 @@
 mod attention;
 mod dense;
 mod report;
+mod screen;
 mod support;
 mod ternary;
 mod vector;

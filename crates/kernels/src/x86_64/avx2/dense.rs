@@ -63,6 +63,12 @@ struct Buffers {
     factors: q6_k::Factors,
 }
 
+/// Multiplies some rows with one token.
+#[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
+pub(super) fn rows(w: &DenseMatrix, rows: &[u32], x: &[f32], out: &mut [f32]) {
+    direct::rows(w, rows, x, out);
+}
+
 /// Dequantises a row.
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
 pub(super) fn row(kind: DenseType, bytes: &[u8], out: &mut [f32]) {

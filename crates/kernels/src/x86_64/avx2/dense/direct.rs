@@ -58,6 +58,15 @@ pub(super) fn matmul<const R: usize, const T: usize>(
     }
 }
 
+/// Multiplies some rows with one token, each as [`matmul`] does.
+#[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
+pub(super) fn rows(w: &DenseMatrix, rows: &[u32], x: &[f32], out: &mut [f32]) {
+    let mut factors = Factors::default();
+    for (row, out) in rows.iter().zip(out) {
+        [[*out]] = products(w.kind(), [w.row_bytes(*row as usize)], [x], &mut factors);
+    }
+}
+
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
 fn products<const R: usize, const T: usize>(

@@ -12,7 +12,7 @@ use std::{num::NonZeroUsize, path::PathBuf, time::Duration};
 use anyhow::anyhow;
 use clap::{Args, Parser, Subcommand};
 use tercet_cluster::WorkerId;
-use tercet_engine::{EngineOptions, model_file::Placement};
+use tercet_engine::{EngineOptions, HeadScreen, model_file::Placement};
 use tercet_kernels::Isa;
 use tercet_telemetry::LogFormat;
 use tercet_worker::{ModelSource, ModelSpec};
@@ -242,6 +242,11 @@ pub(crate) struct ComputeArgs {
     /// Most prompt tokens computed in one step, between the tokens of running sequences
     #[arg(long, env = "TERCET_PREFILL_CHUNK", value_name = "N", default_value = "128")]
     pub(crate) prefill_chunk: NonZeroUsize,
+    /// Whether to keep a copy of the output matrix of 6 bits a weight, which rules out most rows
+    /// for greedy choices and small top_k, so that decoding reads less; it changes no answer: auto
+    /// for large matrices of 8 bits a weight or more, off, or on
+    #[arg(long, env = "TERCET_HEAD_SCREEN", value_name = "WHEN", default_value = "auto")]
+    pub(crate) head_screen: HeadScreen,
 }
 
 impl ComputeArgs {
@@ -299,6 +304,7 @@ impl EngineArgs {
             prefill_chunk: self.compute.prefill_chunk.get(),
             placement: self.compute.weights,
             prefill_stretch: self.prefill_stretch,
+            head_screen: self.compute.head_screen,
             ..EngineOptions::default()
         }
     }

@@ -103,6 +103,7 @@ impl Backend {
         config.engine = EngineOptions {
             threads: args.engine.threads(),
             isa: args.engine.isa,
+            head_screen: args.engine.head_screen,
             prefill_chunk: args.engine.prefill_chunk.get(),
             max_sequences: 1,
             ..EngineOptions::default()

@@ -152,6 +152,7 @@ fn options(args: &BenchArgs, threads: usize, loads: &[Load], model: &ModelFile) 
     EngineOptions {
         threads,
         isa: args.engine.isa,
+        head_screen: args.engine.head_screen,
         layers: None,
         context: None,
         kv_bytes: most(&|load| load.kv_bytes(&model.config)),

@@ -2,6 +2,8 @@
 
 mod compute;
 mod error;
+mod report;
+mod screen;
 #[cfg(test)]
 mod tests;
 
@@ -14,14 +16,17 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::JoinHandle,
-    time::Duration,
 };
 
 use tercet_kernels::Isa;
 use tercet_text::Grammars;
 
 use self::compute::Computer;
-pub use self::error::{EngineError, StepError};
+pub use self::{
+    error::{EngineError, StepError},
+    report::{StepObserver, StepReport},
+    screen::{HeadScreen, ScreenTally, UnknownHeadScreen},
+};
 use crate::{
     drafter::{Drafter, PromptLookup, Speculation},
     model_file::{ModelConfig, ModelError, ModelFile, Placement, Report, StageWeights},
@@ -30,7 +35,7 @@ use crate::{
     pool::{ComputePool, Unverified},
     request::{SequenceEvent, SequenceRequest, SubmitError},
     runner::{LogitsObserver, StageRunner},
-    scheduler::{Load, RequestKey, Scheduler, SchedulerConfig, StepShape, Tally},
+    scheduler::{Load, RequestKey, Scheduler, SchedulerConfig},
 };
 
 /// How an engine is set up.
@@ -60,6 +65,8 @@ pub struct EngineOptions {
     pub prefill_stretch: f64,
     /// Whether tokens are guessed ahead. A pipeline of several stages never does.
     pub speculation: Speculation,
+    /// Whether tokens are chosen with the help of a compressed copy of the head.
+    pub head_screen: HeadScreen,
     /// Compiles the grammars of requests; without it a request that has one fails.
     pub grammars: Option<Arc<Grammars>>,
 }
@@ -78,6 +85,7 @@ impl Default for EngineOptions {
             placement: Placement::default(),
             prefill_stretch: 1.6,
             speculation: Speculation::Off,
+            head_screen: HeadScreen::default(),
             grammars: None,
         }
     }
@@ -92,20 +100,6 @@ impl EngineOptions {
 
 /// Takes what happens to one sequence, in order, on the compute thread: it must not block.
 pub type EventSink = Box<dyn FnMut(SequenceEvent) + Send>;
-
-/// What the first stage did in a step.
-#[derive(Clone, Copy, Debug)]
-pub struct StepReport {
-    /// What the step was made of.
-    pub shape: StepShape,
-    /// What happened since the step before.
-    pub tally: Tally,
-    /// What it took to compute, waiting for the threads not counted.
-    pub elapsed: Duration,
-}
-
-/// Is told of every step, on the compute thread: it must not block.
-pub type StepObserver = Box<dyn FnMut(&StepReport) + Send>;
 
 /// The later stages of a pipeline, as the first one sees them.
 #[derive(Debug)]
@@ -137,6 +131,7 @@ struct Facts {
     weights: Arc<StageWeights>,
     pool: ComputePool,
     kv_bytes: usize,
+    screen_bytes: Option<usize>,
 }
 
 #[derive(Debug)]
@@ -262,6 +257,7 @@ impl Engine {
             weights: runner.weights(),
             pool: pool.clone(),
             kv_bytes: runner.kv_bytes(),
+            screen_bytes: runner.screen_bytes(),
         };
         let base = scheduler;
         let mut scheduler = Scheduler::new(base);
@@ -372,6 +368,11 @@ impl Engine {
         drop(inbox);
         self.shared.arrived.notify_one();
         Ok(SequenceHandle { shared: Arc::clone(&self.shared), key })
+    }
+
+    /// Returns the bytes of the screen of the head, if it has one.
+    pub fn screen_bytes(&self) -> Option<usize> {
+        self.facts.screen_bytes
     }
 
     /// Ends all sequences, and the computing after the present step.

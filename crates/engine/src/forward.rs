@@ -9,6 +9,8 @@
 //! Threads own ranges of output columns in the products and ranges of (row, kv head) pairs in the
 //! attention. Nothing that is summed is ever split between them, so their number changes no bit.
 
+mod head;
+
 use tercet_kernels::{
     AttentionScratch, ColumnsMut, Int8Rows, Kernels, Lead, MatrixMut, TernaryMatrix, TernaryScratch,
 };
@@ -173,34 +175,6 @@ impl Forward<'_> {
             self.feed_forward(layer, rows.len(), &mut failed);
         }
         failed
-    }
-
-    /// Computes the logits of some rows of the step, ascending, into `out`, rows x vocabulary.
-    /// Returns, for each row, whether its logits are all finite.
-    pub(crate) fn logits(&mut self, rows: &[usize], out: &mut [f32]) -> Vec<bool> {
-        let head = self.weights.head.as_ref().expect("the last stage holds the head");
-        let hidden = self.config.hidden;
-        let n = rows.len();
-        let Workspace { hidden: x, normed, .. } = &mut *self.work;
-        for (row, normed) in rows.iter().zip(normed.chunks_exact_mut(hidden)) {
-            let x = &x[row * hidden..(row + 1) * hidden];
-            self.kernels.rms_norm(x, &head.norm, self.config.rms_eps, normed);
-        }
-        let normed = &normed[..n * hidden];
-        let kernels = self.kernels;
-        let mut finite = vec![true; n * self.lead.threads()];
-        let parts: Vec<_> = split(self.lead, out, n, self.config.vocab)
-            .into_iter()
-            .zip(finite.chunks_exact_mut(n))
-            .collect();
-        self.lead.run(parts, |_, (mut part, finite)| {
-            kernels.dense_matmul(&head.matrix, normed, part.reborrow());
-            for (row, finite) in finite.iter_mut().enumerate() {
-                // Without an early end, so that it is done in vectors.
-                *finite = part.row_mut(row).iter().fold(true, |all, x| all & x.is_finite());
-            }
-        });
-        (0..n).map(|row| finite.iter().skip(row).step_by(n).all(|finite| *finite)).collect()
     }
 
     /// Fills the rotation of each row, the same for all layers and heads.
@@ -480,7 +454,7 @@ fn int8_rows(scheme: ActivationScheme, rows: usize, cols: usize) -> Int8Rows {
 }
 
 /// Splits n x width outputs by columns, one part for each thread.
-fn split<'a>(
+pub(crate) fn split<'a>(
     lead: &Lead<'_>,
     buffer: &'a mut [f32],
     n: usize,

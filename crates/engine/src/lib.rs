@@ -37,8 +37,8 @@ pub mod scheduler;
 pub use self::{
     drafter::{Drafter, Speculation},
     engine::{
-        Attachment, Engine, EngineError, EngineOptions, EventSink, SequenceHandle, StepError,
-        StepObserver, StepReport,
+        Attachment, Engine, EngineError, EngineOptions, EventSink, HeadScreen, ScreenTally,
+        SequenceHandle, StepError, StepObserver, StepReport,
     },
     kv::{KvError, PAGE_POSITIONS},
     model_file::{ModelConfig, ModelError, ModelFile},

@@ -1,15 +1,16 @@
 //! Computes the steps of one stage: opens and closes sequences, runs the rows, samples at the end.
 
 mod answers;
+mod screening;
 
 use std::{collections::HashMap, fmt, ops::Range, sync::Arc, time::Duration};
 
-use tercet_kernels::{Isa, Kernels};
+use tercet_kernels::{Isa, Kernels, Screen};
 use tercet_text::{Constraint, GrammarError, Grammars};
 
 use self::answers::Answers;
 use crate::{
-    engine::{EngineError, EngineOptions, StepError},
+    engine::{EngineError, EngineOptions, ScreenTally, StepError},
     forward::{Forward, Row, Workspace},
     kv::{KvCache, KvShape},
     model_file::{ModelConfig, ModelError, ModelFile, Report, StageWeights},
@@ -62,6 +63,8 @@ pub(crate) struct StageRunner {
     /// One for each thread.
     samplers: Vec<Sampler>,
     observer: Option<LogitsObserver>,
+    screen: Option<Screen>,
+    screened: ScreenTally,
     grammars: Option<Arc<Grammars>>,
     last_step: Duration,
 }
@@ -95,8 +98,15 @@ impl StageRunner {
         let useful = options
             .max_sequences
             .saturating_mul(crate::kv::pages_for(options.context_of(&model.config)));
+        let weights = Arc::new(model.load_reporting(layers, options.placement, report)?);
+        let screen = weights
+            .head
+            .as_ref()
+            .and_then(|head| screening::build(kernels, &pool, &head.matrix, options.head_screen));
         Ok(Self {
-            weights: Arc::new(model.load_reporting(layers, options.placement, report)?),
+            weights,
+            screen,
+            screened: ScreenTally::default(),
             kernels,
             pool,
             kv: KvCache::new(shape, pages.min(useful)),
@@ -143,6 +153,11 @@ impl StageRunner {
         self.kv.bytes()
     }
 
+    /// Returns the bytes of the screen of the head, if it has one.
+    pub(crate) fn screen_bytes(&self) -> Option<usize> {
+        self.screen.as_ref().map(Screen::size)
+    }
+
     pub(crate) fn kv_pages_in_use(&self) -> usize {
         self.kv.pages_in_use()
     }
@@ -156,6 +171,11 @@ impl StageRunner {
     /// Returns what the last step took, from the beginning of its turn.
     pub(crate) fn last_step(&self) -> Duration {
         self.last_step
+    }
+
+    /// Returns what the screen of the head did since it was last asked.
+    pub(crate) fn screen_tally(&mut self) -> ScreenTally {
+        std::mem::take(&mut self.screened)
     }
 
     /// Computes one step. After an error the stage is unusable until it is reset.
@@ -184,6 +204,7 @@ impl StageRunner {
         }
         let Self { config, weights, kernels, pool, kv, work, sequences, .. } = self;
         let (samplers, observer) = (&mut self.samplers, &mut self.observer);
+        let (screen, tally) = (self.screen.as_ref(), &mut self.screened);
         let mut logits = std::mem::take(&mut work.logits);
         let produced = pool.region(|lead| {
             let mut forward = Forward { config, weights, kernels: *kernels, lead, kv, work };
@@ -193,7 +214,7 @@ impl StageRunner {
             let failed = forward.layers(&rows);
             if weights.head.is_some() {
                 let logits = &mut logits;
-                let mut answers = Answers { sequences, samplers, observer, logits };
+                let mut answers = Answers { sequences, samplers, observer, screen, tally, logits };
                 return Produced::Results(answers.answer(&mut forward, plan, &failed));
             }
             let hidden = forward.work.hidden_mut(rows.len());

@@ -78,6 +78,19 @@ impl SamplingParams {
             && self.logit_bias.values().all(|bias| bias.is_finite())
     }
 
+    /// Returns how many of the largest logits decide a choice, if that is few of `vocab`.
+    pub(crate) fn deciding(&self, vocab: usize) -> Option<usize> {
+        let top_k = self.top_k as usize;
+        if self.top_logprobs.is_some() {
+            return None;
+        }
+        match top_k {
+            _ if self.temperature == 0.0 => Some(1),
+            1..=MOST_DECIDING if top_k < vocab => Some(top_k),
+            _ => None,
+        }
+    }
+
     /// Returns whether a choice depends on the tokens of the prompt.
     pub fn looks_at_prompt(&self) -> bool {
         self.penalizes_repetition()
@@ -97,6 +110,9 @@ impl SamplingParams {
         self.frequency_penalty != 0.0 || self.presence_penalty != 0.0
     }
 }
+
+/// Most logits that decide a choice without all of them being looked at.
+const MOST_DECIDING: usize = 64;
 
 /// A token that may be drawn.
 #[derive(Clone, Copy, Debug)]
@@ -165,12 +181,51 @@ impl Sampler {
             return token_id(best);
         }
         self.weigh(kernels, logits, logits[best], params);
+        let most = self.weights[best];
+        self.draw(params, most, position)
+    }
+
+    /// Returns the token chosen from some ids, ascending, and their adjusted logits, among which are
+    /// all that [decide](SamplingParams::deciding). The same token as from the logits of all ids.
+    pub(crate) fn choose_among(
+        &mut self,
+        kernels: Kernels,
+        rows: &[(u32, f32)],
+        params: &SamplingParams,
+        position: usize,
+    ) -> u32 {
+        // Where all are minus infinity, the first.
+        let larger = |best: (u32, f32), row: &(u32, f32)| if row.1 > best.1 { *row } else { best };
+        let first = rows.first().map_or(0, |row| row.0);
+        let (best, max) = rows.iter().fold((first, f32::NEG_INFINITY), larger);
+        if params.temperature == 0.0 {
+            return best;
+        }
+        self.candidates.clear();
+        self.candidates.extend(rows.iter().map(|&(id, weight)| Candidate { id, weight }));
+        let k = params.top_k as usize;
+        if k < self.candidates.len() {
+            self.candidates.select_nth_unstable_by(k - 1, Candidate::likelier);
+            self.candidates.truncate(k);
+        }
+        self.weights.clear();
+        self.weights.extend(self.candidates.iter().map(|c| (c.weight - max) / params.temperature));
+        kernels.exp(&mut self.weights);
+        for (candidate, weight) in self.candidates.iter_mut().zip(&self.weights) {
+            candidate.weight = *weight;
+        }
+        // The weight of the likeliest: exp(0).
+        self.draw(params, 1.0, position)
+    }
+
+    /// Draws among `candidates`, or all `weights` if there are none; the largest weight is `most`.
+    fn draw(&mut self, params: &SamplingParams, most: f32, position: usize) -> u32 {
         let draw = uniform(params.seed, position as u64);
         if params.top_p < 1.0 {
             self.keep_top_p(params.top_p);
         }
         if params.min_p > 0.0 {
-            self.keep_min_p(params.min_p * self.weights[best]);
+            self.keep_min_p(params.min_p * most);
         }
         if self.candidates.is_empty() {
             pick(self.weights.iter().enumerate().map(|(id, &weight)| (token_id(id), weight)), draw)
@@ -266,6 +321,27 @@ pub(crate) fn largest(values: &[f32], n: usize) -> Vec<u32> {
 /// Returns every id with its weight, in order.
 fn candidates(weights: &[f32]) -> impl Iterator<Item = Candidate> {
     weights.iter().enumerate().map(|(id, &weight)| Candidate { id: token_id(id), weight })
+}
+
+/// Returns the ids whose logits change before a choice, ascending, whatever a grammar says.
+pub(crate) fn changed(params: &SamplingParams, history: &History) -> Vec<u32> {
+    let penalized = params.penalizes_repetition() || params.penalizes_counts();
+    let mut ids: Vec<u32> = params.logit_bias.keys().copied().collect();
+    if penalized {
+        ids.extend(history.ids());
+        ids.sort_unstable();
+        ids.dedup();
+    }
+    ids
+}
+
+/// Returns what becomes of one logit before a choice.
+pub(crate) fn adjusted(id: u32, mut logit: f32, params: &SamplingParams, history: &History) -> f32 {
+    history.penalize_one(id, &mut logit, params);
+    if let Some(bias) = params.logit_bias.get(&id) {
+        shift(&mut logit, *bias);
+    }
+    logit
 }
 
 /// Adds to a logit, which stays finite.

@@ -258,7 +258,7 @@ fn encode(weights: &[f32], blocks: &mut [[u8; BLOCK_BYTES]]) -> RowBound {
     let mut best = (f32::INFINITY, 0.0);
     for step in STEPS.map(|step| step * mean).into_iter().chain([largest / 31.0]) {
         // Also skips what is not a number.
-        if step >= SMALLEST && step <= LARGEST {
+        if (SMALLEST..=LARGEST).contains(&step) {
             let missed = missed(weights, step);
             if missed < best.0 {
                 best = (missed, step);

@@ -278,6 +278,9 @@ struct Inner {
     drafted_tokens: Family<ModelLabels, Counter>,
     accepted_tokens: Family<ModelLabels, Counter>,
     prefix_hit_tokens: Family<ModelLabels, Counter>,
+    screened_tokens: Family<ModelLabels, Counter>,
+    screened_rows: Family<ModelLabels, Counter>,
+    screen_fallbacks: Family<ModelLabels, Counter>,
 }
 
 impl Metrics {
@@ -319,6 +322,9 @@ impl Metrics {
             drafted_tokens: Family::default(),
             accepted_tokens: Family::default(),
             prefix_hit_tokens: Family::default(),
+            screened_tokens: Family::default(),
+            screened_rows: Family::default(),
+            screen_fallbacks: Family::default(),
         };
 
         let registry = &mut inner.registry;
@@ -449,6 +455,21 @@ impl Metrics {
             "tercet_accepted_tokens",
             "Tokens guessed ahead that were right, and took no step of their own",
             inner.accepted_tokens.clone(),
+        );
+        registry.register(
+            "tercet_screened_tokens",
+            "Tokens chosen with the help of the screen of the output matrix",
+            inner.screened_tokens.clone(),
+        );
+        registry.register(
+            "tercet_screened_rows",
+            "Rows of the output matrix that were computed exactly for them",
+            inner.screened_rows.clone(),
+        );
+        registry.register(
+            "tercet_screen_fallbacks",
+            "Tokens for which the screen could not rule out enough rows",
+            inner.screen_fallbacks.clone(),
         );
         registry.register(
             "tercet_build",
@@ -618,6 +639,15 @@ impl Metrics {
         let labels = ModelLabels { gen_ai_request_model: self.model_label(model) };
         self.0.drafted_tokens.get_or_create(&labels).inc_by(drafted as u64);
         self.0.accepted_tokens.get_or_create(&labels).inc_by(accepted as u64);
+    }
+
+    /// Counts tokens of a model that were chosen with the help of the screen of its output matrix,
+    /// the rows computed exactly for them, and tokens for which the screen did not help.
+    pub fn screened(&self, model: &str, tokens: u64, rows: u64, fallbacks: u64) {
+        let labels = ModelLabels { gen_ai_request_model: self.model_label(model) };
+        self.0.screened_tokens.get_or_create(&labels).inc_by(tokens);
+        self.0.screened_rows.get_or_create(&labels).inc_by(rows);
+        self.0.screen_fallbacks.get_or_create(&labels).inc_by(fallbacks);
     }
 
     fn model_label(&self, model: &str) -> String {

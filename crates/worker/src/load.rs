@@ -133,7 +133,7 @@ fn text_parts(file: &ModelFile) -> Result<(Tokenizer, Option<ChatTemplate>), Loa
 
 /// Counts a step of the engine of a model.
 fn count(metrics: &Metrics, model: &str, report: &StepReport) {
-    let StepReport { shape, tally, elapsed } = report;
+    let StepReport { shape, tally, elapsed, screen } = report;
     let rows = [
         (RowKind::Prompt, shape.prompt_rows),
         (RowKind::Decode, shape.decode_rows),
@@ -143,6 +143,7 @@ fn count(metrics: &Metrics, model: &str, report: &StepReport) {
     metrics.preempted(model, tally.preemptions);
     metrics.prefix_hit(model, tally.hit_tokens);
     metrics.drafted(model, tally.drafted, tally.accepted);
+    metrics.screened(model, screen.tokens, screen.rows, screen.fallbacks);
 }
 
 /// Returns what tells of a stage of loading, and ends it when the model is not wanted any more.

@@ -76,7 +76,7 @@ impl Meter {
 
     /// Counts a step.
     pub(crate) fn step(&self, report: &StepReport) {
-        let StepReport { shape, tally, elapsed } = report;
+        let StepReport { shape, tally, elapsed, screen: _ } = report;
         // Drafts of the step before that were right are tokens of this one.
         let tokens = shape.decode_rows + tally.accepted;
         self.lock().step(tokens, shape.prompt_rows, elapsed.as_secs_f64());

@@ -136,9 +136,11 @@ impl Computer {
             .step(&planned.plan, Input::Tokens(&planned.ids))
             .unwrap_or_else(|error| panic!("the scheduler planned what cannot be: {error}"));
         let elapsed = self.runner.last_step();
+        let screen = self.runner.screen_tally();
         self.scheduler.observe(&planned.shape, elapsed);
         if let Some(observer) = &mut self.observer {
-            observer(&StepReport { shape: planned.shape, tally: planned.tally, elapsed });
+            let (shape, tally) = (planned.shape, planned.tally);
+            observer(&StepReport { shape, tally, elapsed, screen });
         }
         match produced {
             Produced::Results(results) => self.take_in(StepResult { step, results }),

@@ -5,6 +5,7 @@ mod cancel;
 mod drafts;
 mod grammar;
 mod prefixes;
+mod screen;
 mod shared;
 
 use std::{

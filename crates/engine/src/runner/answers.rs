@@ -6,16 +6,20 @@
 
 use std::collections::HashMap;
 
-use tercet_kernels::Kernels;
-use tercet_text::GrammarError;
+use tercet_kernels::{Kernels, Screen};
+use tercet_text::{GrammarError, TokenMask};
 
-use super::{LogitsObserver, Opened};
+use super::{
+    LogitsObserver, Opened,
+    screening::{MOST_TOKENS, Screening, Wish},
+};
 use crate::{
+    engine::ScreenTally,
     forward::Forward,
     plan::{
         RunOutcome, RunOutput, RunResult, SampledToken, Scores, SequenceId, StepPlan, TokenLogprobs,
     },
-    sampler::{Sampler, largest, token_id},
+    sampler::{Sampler, adjusted, changed, largest, token_id},
 };
 
 /// Rows of logits computed at once: bounds the memory of many sequences, and of a `Score`, over a
@@ -28,6 +32,8 @@ pub(super) struct Answers<'a> {
     /// One for each thread.
     pub(super) samplers: &'a mut Vec<Sampler>,
     pub(super) observer: &'a mut Option<LogitsObserver>,
+    pub(super) screen: Option<&'a Screen>,
+    pub(super) tally: &'a mut ScreenTally,
     pub(super) logits: &'a mut Vec<f32>,
 }
 
@@ -113,6 +119,13 @@ impl Answers<'_> {
             wanted.extend(offsets.map(|offset| Wanted { run: index, offset, row: first + offset }));
             first += run.rows;
         }
+        if let Some(screen) = self.screen
+            && (1..=MOST_TOKENS).contains(&wanted.len())
+            && self.observer.is_none()
+            && self.answer_screened(screen, forward, plan, &wanted, &mut progress).is_some()
+        {
+            wanted.retain(|wanted| !progress[wanted.run].complete);
+        }
         let mut wanted = wanted.into_iter();
         loop {
             let alive = wanted.by_ref().filter(|wanted| {
@@ -132,6 +145,59 @@ impl Answers<'_> {
                 Some(RunResult { sequence: run.sequence, outcome })
             })
             .collect()
+    }
+
+    /// Samples what can be sampled without the whole head; `None` if that is nothing, since one of
+    /// the rows needs all of it.
+    fn answer_screened(
+        &mut self,
+        screen: &Screen,
+        forward: &mut Forward<'_>,
+        plan: &StepPlan,
+        wanted: &[Wanted],
+        progress: &mut [Progress],
+    ) -> Option<()> {
+        let vocab = forward.config.vocab;
+        let mut opened: HashMap<_, _> = self.sequences.iter_mut().collect();
+        let mut choices = Vec::with_capacity(wanted.len());
+        for wanted in wanted {
+            let run = &plan.runs[wanted.run];
+            if run.output != RunOutput::Sample {
+                return None;
+            }
+            let opened = opened.remove(&run.sequence).expect("runs are of open sequences");
+            let wish = opened.wish(vocab)?;
+            choices.push((*wanted, run.position + run.rows, opened, wish));
+        }
+        let rows: Vec<_> = wanted.iter().map(|wanted| wanted.row).collect();
+        let (kernels, lead) = (forward.kernels, forward.lead);
+        let head = forward.weights.head.as_ref()?;
+        let screening = Screening { kernels, lead, screen, head: &head.matrix };
+        let x = forward.head_inputs(&rows);
+        self.samplers.resize_with(lead.threads(), Sampler::default);
+        let wishes: Vec<_> = choices.iter().map(|(_, _, _, wish)| wish).collect();
+        let Some(estimates) = screening.estimate(x, &wishes, self.logits) else {
+            self.tally.fallbacks += wanted.len() as u64;
+            return None;
+        };
+        for (token, (wanted, position, opened, wish)) in choices.into_iter().enumerate() {
+            let adjust = |id, logit| adjusted(id, logit, &opened.sampling, &opened.history);
+            let Some(rows) = screening.decide(&estimates, token, &wish, adjust) else {
+                self.tally.fallbacks += 1;
+                continue;
+            };
+            self.tally.tokens += 1;
+            self.tally.rows += rows.computed;
+            let sampler = &mut self.samplers[0];
+            let id = sampler.choose_among(kernels, &rows.logits, &opened.sampling, position);
+            let progress = &mut progress[wanted.run];
+            progress.complete = true;
+            match opened.take(id) {
+                Ok(()) => progress.sampled.push(SampledToken { id, logprobs: None }),
+                Err(error) => progress.error = Some(error),
+            }
+        }
+        Some(())
     }
 
     /// Takes some rows through the head, and their runs further.
@@ -303,6 +369,34 @@ impl Opened {
         sampled
     }
 
+    /// Returns the ids that the grammar allows, if there is one.
+    fn mask(&mut self) -> Result<Option<TokenMask>, GrammarError> {
+        match &mut self.constraint {
+            Some(Ok(constraint)) => constraint.mask().map(Some),
+            Some(Err(error)) => Err(error.clone()),
+            None => Ok(None),
+        }
+    }
+
+    /// Makes a token part of what came before the next.
+    fn take(&mut self, id: u32) -> Result<(), GrammarError> {
+        if self.sampling.looks_at_completion() {
+            self.history.push(id);
+        }
+        match &mut self.constraint {
+            Some(Ok(constraint)) => constraint.accept(id),
+            _ => Ok(()),
+        }
+    }
+
+    /// Returns what the next choice needs to know, if that is not the whole distribution.
+    fn wish(&mut self, vocab: usize) -> Option<Wish> {
+        let keep = self.sampling.deciding(vocab)?;
+        // What is wrong with a grammar is told where the whole head is computed.
+        let mask = self.mask().ok()?;
+        Some(Wish { keep, mask, changed: changed(&self.sampling, &self.history) })
+    }
+
     /// Returns the token sampled from `logits` for `position`, which becomes part of the history.
     fn sample(
         &mut self,
@@ -311,21 +405,11 @@ impl Opened {
         logits: &[f32],
         position: usize,
     ) -> Result<SampledToken, GrammarError> {
-        let Self { sampling, history, constraint } = self;
-        let mut constraint = match constraint {
-            Some(Ok(constraint)) => Some(constraint),
-            Some(Err(error)) => return Err(error.clone()),
-            None => None,
-        };
-        let mask = constraint.as_mut().map(|constraint| constraint.mask()).transpose()?;
+        let mask = self.mask()?;
+        let Self { sampling, history, .. } = self;
         let id = sampler.sample(kernels, logits, sampling, history, mask.as_ref(), position);
-        if sampling.looks_at_completion() {
-            history.push(id);
-        }
-        if let Some(constraint) = constraint {
-            constraint.accept(id)?;
-        }
-        let logprobs = sampling.top_logprobs.map(|top| {
+        self.take(id)?;
+        let logprobs = self.sampling.top_logprobs.map(|top| {
             let normal = Normalizer::new(kernels, logits, logits[kernels.argmax(logits)]);
             let top = largest(logits, top as usize);
             TokenLogprobs {

@@ -29,20 +29,34 @@ impl History {
         *self.counts.entry(id).or_default() += 1;
     }
 
+    /// Returns the tokens, ascending.
+    pub(super) fn ids(&self) -> impl Iterator<Item = u32> {
+        self.counts.keys().copied()
+    }
+
     /// Applies the penalties to `logits`, which stay finite: first the repetition penalty, then, of
     /// tokens that the completion has, count times frequency penalty plus presence penalty.
     pub(super) fn penalize(&self, logits: &mut [f32], params: &SamplingParams) {
-        let repetition = params.repetition_penalty;
         for (&id, &count) in &self.counts {
-            let logit = &mut logits[id as usize];
-            let mut penalized =
-                if *logit < 0.0 { *logit * repetition } else { *logit / repetition };
-            if count > 0 {
-                #[expect(clippy::cast_precision_loss, reason = "the same loss everywhere")]
-                let count = count as f32;
-                penalized -= count * params.frequency_penalty + params.presence_penalty;
-            }
-            *logit = penalized.clamp(f32::MIN, f32::MAX);
+            penalize(&mut logits[id as usize], count, params);
         }
     }
+
+    /// Applies the penalties to the logit of one token.
+    pub(super) fn penalize_one(&self, id: u32, logit: &mut f32, params: &SamplingParams) {
+        if let Some(count) = self.counts.get(&id) {
+            penalize(logit, *count, params);
+        }
+    }
+}
+
+fn penalize(logit: &mut f32, count: u32, params: &SamplingParams) {
+    let repetition = params.repetition_penalty;
+    let mut penalized = if *logit < 0.0 { *logit * repetition } else { *logit / repetition };
+    if count > 0 {
+        #[expect(clippy::cast_precision_loss, reason = "the same loss everywhere")]
+        let count = count as f32;
+        penalized -= count * params.frequency_penalty + params.presence_penalty;
+    }
+    *logit = penalized.clamp(f32::MIN, f32::MAX);
 }

@@ -89,6 +89,7 @@ fn gauges_and_counters_have_their_names() {
     metrics.preempted("demo", 3);
     metrics.prefix_hit("demo", 128);
     metrics.drafted("demo", 9, 4);
+    metrics.screened("demo", 7, 90, 1);
     for (series, expected) in [
         ("tercet_sequences{gen_ai_request_model=\"demo\",state=\"waiting\"}", 3.0),
         ("tercet_kv_pages{gen_ai_request_model=\"demo\",state=\"cached\"}", 5.0),
@@ -115,6 +116,9 @@ fn gauges_and_counters_have_their_names() {
         ("tercet_accepted_tokens_total{gen_ai_request_model=\"demo\"}", 4.0),
         ("tercet_preemptions_total{gen_ai_request_model=\"demo\"}", 3.0),
         ("tercet_prefix_hit_tokens_total{gen_ai_request_model=\"demo\"}", 128.0),
+        ("tercet_screened_tokens_total{gen_ai_request_model=\"demo\"}", 7.0),
+        ("tercet_screened_rows_total{gen_ai_request_model=\"demo\"}", 90.0),
+        ("tercet_screen_fallbacks_total{gen_ai_request_model=\"demo\"}", 1.0),
     ] {
         assert_eq!(value(&metrics, series), Some(expected), "{series} in {}", metrics.encode());
     }

@@ -88,7 +88,7 @@ mod tests {
         let Some(arena) = Arena::new(LEAST, 2) else { return };
         let first = arena.copy(&vec![1; LEAST - 100]).unwrap();
         let second = arena.copy(&[2; 100]).unwrap();
-        assert!(arena.copy(&[3; 64]).is_none());
+        assert!(arena.copy(&[3; 65]).is_none());
         drop(arena);
         assert!(first.iter().all(|byte| *byte == 1));
         assert_eq!(second[..], [2; 100]);

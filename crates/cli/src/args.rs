@@ -12,7 +12,7 @@ use std::{num::NonZeroUsize, path::PathBuf, time::Duration};
 use anyhow::anyhow;
 use clap::{Args, Parser, Subcommand};
 use tercet_cluster::WorkerId;
-use tercet_engine::{EngineOptions, HeadScreen, model_file::Placement};
+use tercet_engine::{EngineOptions, HeadScreen, Speculation, model_file::Placement};
 use tercet_kernels::Isa;
 use tercet_telemetry::LogFormat;
 use tercet_worker::{ModelSource, ModelSpec};
@@ -288,7 +288,21 @@ pub(crate) struct EngineArgs {
     #[arg(long, env = "TERCET_PREFILL_STRETCH", value_name = "X", value_parser = stretch)]
     #[arg(default_value = "1.6")]
     prefill_stretch: f64,
+    /// Guess tokens of few running sequences ahead, and verify them together: off, or lookup, from
+    /// where their latest tokens stood before; no answer changes
+    #[arg(long, env = "TERCET_SPECULATE", value_name = "HOW", default_value = "off")]
+    speculate: Speculate,
 }
+
+/// How tokens are guessed ahead.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Speculate {
+    Off,
+    Lookup,
+}
+
+/// Most tokens guessed ahead of a sequence in a step.
+const MOST_DRAFTS: usize = 7;
 
 impl EngineArgs {
     /// Returns the options of an engine that holds `layers`, or all.
@@ -305,6 +319,10 @@ impl EngineArgs {
             placement: self.compute.weights,
             prefill_stretch: self.prefill_stretch,
             head_screen: self.compute.head_screen,
+            speculation: match self.speculate {
+                Speculate::Off => Speculation::Off,
+                Speculate::Lookup => Speculation::Lookup { tokens: MOST_DRAFTS },
+            },
             ..EngineOptions::default()
         }
     }

@@ -442,7 +442,8 @@ pub(crate) struct BenchArgs {
     /// prefill_tokens_per_second and decode_tokens_per_second (median, min, max; of all sequences
     /// together), first_token_seconds (of every sequence); step_bytes (weights, keys and values
     /// that a step in the middle reads), decode_bytes_per_second, bandwidth_share (of machine's
-    /// median); stream_tokens (min and max of the sequences, over the measured time). The point
+    /// median), screen (null without; bytes, tokens chosen with it, rows of the head computed for
+    /// them, fallbacks to the whole head); stream_tokens (min and max of the sequences, over the measured time). The point
     /// measured first stands at the top as well. load: open_seconds, load_seconds,
     /// first_token_seconds (from the start to the first token of all, after the first --prompt
     /// or 512 tokens of it), weight_bytes,

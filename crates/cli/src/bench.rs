@@ -14,16 +14,20 @@ mod recommend;
 mod report;
 mod resident;
 
-use std::{num::NonZeroUsize, path::Path};
+use std::{
+    num::NonZeroUsize,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use anyhow::{Context as _, Result, anyhow};
-use tercet_engine::{Engine, EngineOptions, ModelFile, bandwidth::ReadBuffer, demo};
+use tercet_engine::{Engine, EngineOptions, ModelFile, ScreenTally, bandwidth::ReadBuffer, demo};
 use tokio::time::Instant;
 
 use self::{
     measure::{Load, Numbers, Seen, measure},
     recommend::recommend,
-    report::{Loading, Machine, Point, Report, Spread},
+    report::{Loading, Machine, Point, Report, Screened, Spread},
     resident::{peak_bytes, resident_bytes},
 };
 use crate::{
@@ -48,6 +52,9 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     let engine = Engine::load(&model, &options).map_err(misconfigured)?;
     let loaded = begun.elapsed();
 
+    let screened = Arc::new(Mutex::new(ScreenTally::default()));
+    let tally = Arc::clone(&screened);
+    engine.observe_steps(Box::new(move |report| *lock(&tally) += report.screen));
     let mut numbers = Numbers::default();
     let mut points = Vec::with_capacity(loads.len());
     // Faults the weights in and wakes the threads up.
@@ -57,16 +64,25 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
         if index > 0 {
             measure(&engine, &load.short(), &mut numbers)?;
         }
+        *lock(&screened) = ScreenTally::default();
         let seen: Result<Vec<Seen>> =
             (0..load.repeat).map(|_| measure(&engine, load, &mut numbers)).collect();
-        points.push(Point::new(*load, &seen?).context("measure at least once")?);
+        let seen = seen?;
+        let ScreenTally { tokens, rows, fallbacks } = *lock(&screened);
+        let screen = engine.screen_bytes().map(|bytes| Screened {
+            bytes: bytes as u64,
+            tokens,
+            rows,
+            fallbacks,
+        });
+        points.push(Point::new(*load, &seen, screen).context("measure at least once")?);
     }
     let summary = model.summary();
     let loading = Loading {
         open_seconds: opened.as_secs_f64(),
         load_seconds: (loaded - opened).as_secs_f64(),
         first_token_seconds: (loaded + waking.soonest()).as_secs_f64(),
-        weight_bytes: report::weight_bytes(&summary),
+        weight_bytes: report::weight_bytes(&summary) + engine.screen_bytes().unwrap_or(0) as u64,
         kv_bytes: engine.kv_bytes() as u64,
         resident_bytes: resident_bytes(),
         peak_resident_bytes: peak_bytes(),
@@ -93,6 +109,11 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
         print(&report.to_string())?;
     }
     Ok(())
+}
+
+fn lock(tally: &Mutex<ScreenTally>) -> MutexGuard<'_, ScreenTally> {
+    // Numbers are whole whoever panics.
+    tally.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn open(path: Option<&Path>) -> Result<ModelFile> {

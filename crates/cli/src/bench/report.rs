@@ -42,6 +42,31 @@ pub(super) struct Point {
     first_token: Spread,
     /// The fewest and the most tokens of a sequence in the measured time.
     stream_tokens: Option<Extremes>,
+    /// What chose tokens without the whole head, if anything did.
+    screen: Option<Screened>,
+}
+
+/// What the screen of the head did, and what it takes.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(super) struct Screened {
+    /// Bytes of the screen, all read by a step.
+    pub(super) bytes: u64,
+    /// Tokens chosen with its help.
+    pub(super) tokens: u64,
+    /// Rows of the head that were computed exactly for them.
+    pub(super) rows: u64,
+    /// Tokens for which the whole head was computed as well.
+    pub(super) fallbacks: u64,
+}
+
+impl Screened {
+    /// Returns the bytes that a step of `batch` tokens reads of the screen and of a head of so many
+    /// bytes and rows.
+    fn step_bytes(&self, head: u64, rows: usize, batch: usize) -> u64 {
+        let all = (self.tokens + self.fallbacks).max(1);
+        let exact = self.rows * head / rows as u64 + self.fallbacks * head;
+        self.bytes + batch as u64 * exact / all
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -100,7 +125,7 @@ impl fmt::Display for Spread {
 
 impl Point {
     /// Returns what was seen in all rounds, if there was one.
-    pub(super) fn new(load: Load, seen: &[Seen]) -> Option<Self> {
+    pub(super) fn new(load: Load, seen: &[Seen], screen: Option<Screened>) -> Option<Self> {
         let rates = |tokens: usize, took: fn(&Seen) -> f64| {
             let tokens = (load.batch * tokens) as f64;
             Spread::of(seen.iter().map(|seen| tokens / took(seen)).collect())
@@ -117,20 +142,30 @@ impl Point {
             decode: decode.filter(|_| decodes),
             first_token: Spread::of(firsts.map(|first| first.as_secs_f64()).collect())?,
             stream_tokens: if decodes { extremes() } else { None },
+            screen: screen.filter(|screen| screen.tokens > 0),
         })
     }
 
     /// Returns the bytes that a step in the middle of decoding reads: the weights once, and the
     /// keys and values of every sequence.
-    fn step_bytes(&self, bytes: &DecodeBytes) -> u64 {
+    fn step_bytes(&self, summary: &Summary) -> u64 {
         let positions = self.load.batch * (self.load.prompt + self.load.generate / 2);
-        step_weights(bytes) + positions as u64 * bytes.kv_per_position
+        self.step_weights(summary) + positions as u64 * summary.decode.kv_per_position
+    }
+
+    /// Returns the weight bytes that a step of decoding reads: of one stream, the bytes per token.
+    fn step_weights(&self, summary: &Summary) -> u64 {
+        let DecodeBytes { ternary, scales, head, .. } = summary.decode;
+        let head = self
+            .screen
+            .map_or(head, |screen| screen.step_bytes(head, summary.config.vocab, self.load.batch));
+        ternary + scales + head
     }
 
     /// Returns the bytes read per second while decoding.
-    fn decode_bandwidth(&self, bytes: &DecodeBytes) -> Option<f64> {
+    fn decode_bandwidth(&self, summary: &Summary) -> Option<f64> {
         let steps = self.decode?.median / self.load.batch as f64;
-        Some(steps * self.step_bytes(bytes) as f64)
+        Some(steps * self.step_bytes(summary) as f64)
     }
 }
 
@@ -146,7 +181,9 @@ impl Report {
     /// Returns the report for programs.
     pub(super) fn to_json(&self) -> Result<Value> {
         let points: Vec<_> = self.points.iter().map(|point| self.point(point)).collect();
-        let first = self.points.first().context("have a point")?.load;
+        let first = self.points.first().context("have a point")?;
+        let bytes_per_token = first.step_weights(&self.summary);
+        let first = first.load;
         let rates = self.machine.read_bytes_per_second.iter().map(|(threads, rate)| {
             json!({ "threads": threads, "median": rate.median, "min": rate.min, "max": rate.max })
         });
@@ -157,7 +194,7 @@ impl Report {
             "threads": self.threads,
             "repeat": first.repeat,
             "prefill_chunk": first.chunk,
-            "bytes_per_token": step_weights(&self.summary.decode),
+            "bytes_per_token": bytes_per_token,
             "points": points,
             "load": self.loading,
             "machine": {
@@ -189,8 +226,9 @@ impl Report {
             "decode_tokens_per_second": point.decode,
             "first_token_seconds": point.first_token,
             "stream_tokens": point.stream_tokens,
-            "step_bytes": point.step_bytes(&self.summary.decode),
-            "decode_bytes_per_second": point.decode_bandwidth(&self.summary.decode),
+            "step_bytes": point.step_bytes(&self.summary),
+            "decode_bytes_per_second": point.decode_bandwidth(&self.summary),
+            "screen": point.screen,
             "bandwidth_share": self.share(point),
         }))
     }
@@ -198,14 +236,25 @@ impl Report {
     /// Returns the part of the machine's bandwidth that decoding takes.
     fn share(&self, point: &Point) -> Option<f64> {
         let bandwidth = self.machine.bandwidth(self.threads)?;
-        Some(point.decode_bandwidth(&self.summary.decode)? / bandwidth)
+        Some(point.decode_bandwidth(&self.summary)? / bandwidth)
     }
 
     fn write_point(&self, f: &mut fmt::Formatter<'_>, point: &Point) -> fmt::Result {
         let Load { prompt, generate, batch, repeat, .. } = point.load;
         writeln!(f, "load      {batch} x {prompt} prompt + {generate} generated, {repeat} times")?;
+        let weights = point.step_weights(&self.summary) as f64 / 1e6;
+        write!(f, "weights   {weights:.1} MB per step")?;
+        match point.screen {
+            Some(Screened { tokens, rows, fallbacks, .. }) => writeln!(
+                f,
+                ", {:.1} rows of the head a token, the whole head for {fallbacks} of {} tokens",
+                rows as f64 / tokens as f64,
+                tokens + fallbacks
+            )?,
+            None => writeln!(f)?,
+        }
         writeln!(f, "prefill {}", point.prefill)?;
-        let bandwidth = point.decode_bandwidth(&self.summary.decode);
+        let bandwidth = point.decode_bandwidth(&self.summary);
         if let (Some(decode), Some(bandwidth)) = (point.decode, bandwidth) {
             write!(f, "decode  {decode}   {:.2} GB/s", bandwidth / 1e9)?;
             let share = self.share(point).map(|share| format!(", {:.0} %", 100.0 * share));
@@ -229,8 +278,6 @@ impl fmt::Display for Report {
              {kv_heads} key-value heads, vocabulary {vocab}"
         )?;
         writeln!(f, "engine    {}, {} threads", self.isa, self.threads)?;
-        let weights = step_weights(&self.summary.decode) as f64 / 1e6;
-        writeln!(f, "weights   {weights:.1} MB per step")?;
         let Loading { open_seconds, load_seconds, peak_resident_bytes, .. } = self.loading;
         write!(f, "start     {:.3} s to load", open_seconds + load_seconds)?;
         match peak_resident_bytes {
@@ -256,12 +303,6 @@ fn fields(value: Value) -> Map<String, Value> {
         Value::Object(fields) => fields,
         _ => Map::new(),
     }
-}
-
-/// Returns the weight bytes one step of decoding reads, whatever the batch: of one stream, the
-/// bytes per token.
-fn step_weights(bytes: &DecodeBytes) -> u64 {
-    bytes.ternary + bytes.scales + bytes.head
 }
 
 /// Returns the bytes of all weights in memory: those of a step, the embedding and the norms.
@@ -300,7 +341,7 @@ mod tests {
             first_tokens: vec![Duration::from_secs(1), Duration::from_secs(2)],
             tokens: vec![2, tokens],
         };
-        Point::new(load, &[seen(1, 2), seen(4, 3)]).unwrap()
+        Point::new(load, &[seen(1, 2), seen(4, 3)], None).unwrap()
     }
 
     #[test]
@@ -310,7 +351,7 @@ mod tests {
         assert_eq!(point.decode, Some(Spread { median: 2.5, min: 1.0, max: 4.0 }));
         assert_eq!(point.first_token, Spread { median: 1.5, min: 1.0, max: 2.0 });
         assert_eq!(point.stream_tokens, Some(Extremes { min: 2, max: 3 }));
-        assert!(Point::new(point.load, &[]).is_none());
+        assert!(Point::new(point.load, &[], None).is_none());
         let prefill_alone = Load { generate: 0, ..point.load };
         let seen = Seen {
             prefill: Duration::from_secs(1),
@@ -318,8 +359,23 @@ mod tests {
             first_tokens: vec![Duration::from_secs(1)],
             tokens: vec![0],
         };
-        let alone = Point::new(prefill_alone, &[seen]).unwrap();
+        let alone = Point::new(prefill_alone, &[seen], None).unwrap();
         assert!(alone.decode.is_none() && alone.stream_tokens.is_none(), "{alone:?}");
+    }
+
+    #[test]
+    fn a_screened_head_is_not_read_whole() {
+        let summary = demo::model().unwrap().summary();
+        let (head, rows) = (summary.decode.head, summary.config.vocab as u64);
+        let screened = Screened { bytes: 1000, tokens: 8, rows: 24, fallbacks: 0 };
+        let with = |screen| Point { screen: Some(screen), ..point(2) };
+        let ternary = summary.decode.ternary;
+        assert_eq!(
+            with(screened).step_weights(&summary),
+            ternary + 1000 + 2 * (24 * head / rows) / 8
+        );
+        let fallen = Screened { rows: 0, fallbacks: 8, ..screened };
+        assert_eq!(with(fallen).step_weights(&summary), ternary + 1000 + head);
     }
 
     #[test]
@@ -354,8 +410,8 @@ mod tests {
         };
         let weights = bytes.ternary + bytes.head;
         let read = weights + 2 * 5 * bytes.kv_per_position;
-        assert_eq!(report.points[0].step_bytes(&bytes), read);
-        assert_eq!(report.points[0].decode_bandwidth(&bytes), Some(1.25 * read as f64));
+        assert_eq!(report.points[0].step_bytes(&report.summary), read);
+        assert_eq!(report.points[0].decode_bandwidth(&report.summary), Some(1.25 * read as f64));
         let told = report.to_json().unwrap();
         assert_eq!(told["bytes_per_token"], weights);
         assert_eq!(told["decode_tokens_per_second"]["median"], 2.5);

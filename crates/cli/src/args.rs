@@ -443,8 +443,9 @@ pub(crate) struct BenchArgs {
     /// together), first_token_seconds (of every sequence); step_bytes (weights, keys and values
     /// that a step in the middle reads), decode_bytes_per_second, bandwidth_share (of machine's
     /// median), screen (null without; bytes, tokens chosen with it, rows of the head computed for
-    /// them, fallbacks to the whole head); stream_tokens (min and max of the sequences, over the measured time). The point
-    /// measured first stands at the top as well. load: open_seconds, load_seconds,
+    /// them, fallbacks to the whole head); stream_tokens (min and max of the sequences, over the
+    /// measured time). The point measured first stands at the top as well. load: open_seconds,
+    /// load_seconds,
     /// first_token_seconds (from the start to the first token of all, after the first --prompt
     /// or 512 tokens of it), weight_bytes,
     /// kv_bytes, resident_bytes, peak_resident_bytes (null where the system does not tell). machine:

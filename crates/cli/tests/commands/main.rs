@@ -121,6 +121,11 @@ fn every_documented_field_is_told() {
     for point in report["points"].as_array().unwrap() {
         for (field, value) in point.as_object().unwrap() {
             documented(field);
+            if field == "screen" {
+                // The head of the built-in model stays in the caches.
+                assert!(value.is_null(), "{point}");
+                continue;
+            }
             let number = if value.is_object() { &value["max"] } else { value };
             assert!(number.as_f64().is_some_and(|number| number > 0.0), "{field}: {point}");
         }
